@@ -1,0 +1,83 @@
+"""Every error that a user of tokenmill can meet.
+
+    TokenmillError
+    ├── InvalidField          a job or a request says something that cannot be honoured (field, reason)
+    ├── MalformedMessage      bytes from a wire that are not one of our messages
+    ├── QueueFull             the job's class is at its bound; retry later (retry_after_s)
+    ├── PayloadTooLarge       over the broker's max_payload (size, limit)
+    ├── Unavailable           NATS or Redis cannot be reached in time
+    ├── Fenced                another worker took over: this incarnation must stop (subject)
+    ├── LayoutMismatch        a KV handle was made by a worker with another model or cache layout
+    ├── PagesExhausted        a sequence can never fit the KV pool (needed, free)
+    └── ConfigError           a flag, a file or the environment is wrong: nothing was started
+"""
+
+
+class TokenmillError(Exception):
+    """Root of all errors raised on purpose."""
+
+
+class InvalidField(TokenmillError):
+    """A field of a job cannot be honoured. `field` is the name that the user wrote."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
+class MalformedMessage(TokenmillError):
+    """Bytes that do not decode to the message they should be."""
+
+
+class QueueFull(TokenmillError):
+    """The queue of the job's class is full: nothing was accepted."""
+
+    def __init__(self, subject: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(f"queue {subject} is full; retry after {retry_after_s:g} s")
+        self.subject = subject
+        self.retry_after_s = retry_after_s
+
+
+class PayloadTooLarge(TokenmillError):
+    """The encoded message is larger than the broker takes."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(f"message of {size} bytes is over the broker's limit of {limit} bytes")
+        self.size = size
+        self.limit = limit
+
+
+class Unavailable(TokenmillError):
+    """NATS or Redis did not answer in time; the state of the request is unknown or unchanged."""
+
+
+class Fenced(TokenmillError):
+    """A tombstone stands on this incarnation's chain: another worker owns its jobs now."""
+
+    def __init__(self, subject: str) -> None:
+        super().__init__(f"{subject} was fenced: this incarnation lost its jobs")
+        self.subject = subject
+
+
+class LayoutMismatch(TokenmillError):
+    """A KV handle's layout differs from ours: using it would give wrong answers."""
+
+    def __init__(self, field: str, ours: object, theirs: object) -> None:
+        super().__init__(f"KV layout differs in {field}: ours {ours!r}, theirs {theirs!r}")
+        self.field = field
+        self.ours = ours
+        self.theirs = theirs
+
+
+class PagesExhausted(TokenmillError):
+    """A sequence needs more KV pages than the whole pool has."""
+
+    def __init__(self, needed: int, total: int) -> None:
+        super().__init__(f"needs {needed} KV pages, the pool has {total}: lower max_new_tokens or raise --max_total_token_num")
+        self.needed = needed
+        self.total = total
+
+
+class ConfigError(TokenmillError):
+    """Wrong configuration; the message names the key and the value."""

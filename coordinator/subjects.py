@@ -1,0 +1,77 @@
+"""Names and settings of every stream, subject and consumer (DESIGN: streams). One place, used by servers, docs and tests alike."""
+
+from coordinator.messages import CLASSES
+
+JOBS, HANDOFF, OUT, RESULTS, DLQ, ROSTER = "JOBS", "HANDOFF", "OUT", "RESULTS", "DLQ", "ROSTER"
+ANY_LANE = "any"
+ACK_WAIT_S = 15.0
+MAX_ACK_PENDING = 1_000_000      # nats-server's default of 1,000 stalls silently
+MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
+OUT_MAX_AGE_S = 3600.0
+RESULTS_MAX_AGE_S = 24 * 3600.0
+DLQ_MAX_AGE_S = 7 * 24 * 3600.0
+ROSTER_MAX_AGE_S = 24 * 3600.0
+DEFAULT_MAX_QUEUED = 10_000      # jobs per class, waiting or running, before the producer gets 429
+
+
+def model_token(model: str) -> str:
+    """A model's name as one subject token: what is not a letter, digit, '-' or '_' becomes '_'."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in model) or "_"
+
+
+def jobs(model: str, klass: str, lane: str = ANY_LANE) -> str:
+    return f"jobs.{model}.{klass}.{lane}"
+
+
+def jobs_consumer(model: str, klass: str, lane: str = ANY_LANE) -> str:
+    return f"jobs-{model}-{klass}-{lane}"
+
+
+def handoff(model: str, lane: str = ANY_LANE) -> str:
+    return f"handoff.{model}.{lane}"
+
+
+def handoff_consumer(model: str, lane: str = ANY_LANE) -> str:
+    return f"handoff-{model}-{lane}"
+
+
+def chain(origin: str, worker: str, incarnation: int) -> str:
+    """The subject that only this incarnation appends to, for this producer's jobs."""
+    return f"out.{origin}.{worker}.{incarnation}"
+
+
+def chain_parts(subject: str) -> tuple[str, str, int]:
+    """(origin, worker, incarnation) of a chain's subject. Raises ValueError on any other subject."""
+    prefix, origin, worker, incarnation = subject.split(".")
+    if prefix != "out":
+        raise ValueError(f"not a chain: {subject}")
+    return origin, worker, int(incarnation)
+
+
+def live(origin: str) -> str:
+    """What a producer subscribes to: the server republishes every stored frame there."""
+    return f"live.{origin}.>"
+
+
+def result(job_id: str) -> str:
+    return f"results.{job_id}"
+
+
+def dead_letter(model: str) -> str:
+    return f"dlq.{model}"
+
+
+def roster(worker: str, incarnation: int) -> str:
+    return f"roster.{worker}.{incarnation}"
+
+
+def cancel(job_id: str) -> str:
+    return f"cancel.{job_id}"
+
+
+def kv(worker: str, incarnation: int) -> str:
+    return f"kv.{worker}.{incarnation}"
+
+
+def job_subjects(model: str) -> list[str]:
+    return [jobs(model, klass) for klass in CLASSES]

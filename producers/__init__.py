@@ -1,0 +1,1 @@
+"""The ways in: NATS client, REST shim, batch pipelines. Never imports torch."""
