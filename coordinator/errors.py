@@ -8,6 +8,7 @@
     ├── Unavailable           NATS or Redis cannot be reached in time
     ├── Fenced                another worker took over: this incarnation must stop (subject)
     ├── LayoutMismatch        a KV handle was made by a worker with another model or cache layout
+    ├── JobFailed             a job ended otherwise than with its whole answer (job_id, reason, error)
     ├── PagesExhausted        a sequence can never fit the KV pool (needed, free)
     └── ConfigError           a flag, a file or the environment is wrong: nothing was started
 """
@@ -68,6 +69,16 @@ class LayoutMismatch(TokenmillError):
         self.field = field
         self.ours = ours
         self.theirs = theirs
+
+
+class JobFailed(TokenmillError):
+    """The job is over without its whole answer: cancelled, expired or failed."""
+
+    def __init__(self, job_id: str, reason: str, error: str = "") -> None:
+        super().__init__(f"job {job_id} ended as {reason}" + (f": {error}" if error else ""))
+        self.job_id = job_id
+        self.reason = reason
+        self.error = error
 
 
 class PagesExhausted(TokenmillError):

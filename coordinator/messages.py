@@ -5,6 +5,7 @@ version; unknown versions and unknown keys are refused (MalformedMessage), never
 travel packed, little-endian (u32 and f32). Nothing here is trusted: sizes, types and ranges are checked before use.
 """
 
+import re
 import sys
 import time
 import uuid
@@ -22,6 +23,7 @@ from coordinator.sampling import SamplingParams
 VERSION = 1
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 MAX_ID_CHARS = 128
+_ID = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_ID_CHARS}}}")
 CLASSES = ("interactive", "normal", "batch")
 
 JobClass = Literal["interactive", "normal", "batch"]
@@ -112,7 +114,7 @@ def _validate(adapter: TypeAdapter[Any], body: dict[str, Any]) -> Any:
 
 def check_id(name: str, value: str) -> str:
     """Ids become NATS subject tokens and Redis keys: letters, digits, `-` and `_` only. Raises InvalidField."""
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_ID_CHARS or not all(c.isascii() and (c.isalnum() or c in "-_") for c in value):
+    if not isinstance(value, str) or not _ID.fullmatch(value):
         raise InvalidField(name, f"must be 1 to {MAX_ID_CHARS} letters, digits, '-' or '_', got {value!r:.80}")
     return value
 
@@ -316,7 +318,8 @@ class KVHandle:
     texts: tuple[str, ...]
     cached_tokens: int
     ack_subject: str
-    chains: tuple[str, ...]       # every chain that may hold frames of this job
+    chains: tuple[str, ...]       # owners ("worker.incarnation") whose chains may hold frames of this job
+    emitters: tuple[str, ...]     # owners that emitted the tokens so far, in token order
     lease_expires_ms: int
 
     def encode(self) -> bytes:
@@ -380,13 +383,17 @@ class DeadLetter:
         return _validate(_DEAD, decode_map(data))  # type: ignore[no-any-return]
 
 
-def _adapter(cls: type) -> TypeAdapter[Any]:
-    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    _forbid_extra(cls)
     return TypeAdapter(cls)
 
 
-for _nested in (KVLayout, KVSource):
-    _nested.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+def _forbid_extra(cls: Any) -> None:
+    cls.__pydantic_config__ = {"extra": "forbid"}
+
+
+_forbid_extra(KVLayout)
+_forbid_extra(KVSource)
 _HANDLE = _adapter(KVHandle)
 _FINAL = _adapter(FinalRecord)
 _DEAD = _adapter(DeadLetter)

@@ -63,7 +63,7 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
 
     def to_wire(self) -> dict[str, Any]:
-        """Only what differs from the defaults: a wire map stays small and a new default never changes an old job's meaning at the sender."""
+        """Only what differs from the defaults."""
         wire: dict[str, Any] = {}
         for name, default in DEFAULTS.items():
             value = getattr(self, name)

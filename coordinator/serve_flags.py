@@ -1,0 +1,130 @@
+"""`tokenmill serve`: every flag, what it means, and which ones this version refuses. Names and defaults are LightLLM's where it has them."""
+
+import argparse
+import ipaddress
+import os
+from collections.abc import Mapping
+
+from coordinator.errors import ConfigError
+
+RUN_MODES = ("normal", "pd_master", "prefill", "decode")
+PD_MASTER_PORT = 1212
+
+EPILOG = """\
+examples
+  tokenmill serve --model_dir models/smollm2-135m-instruct --port 8088
+  tokenmill serve --run_mode pd_master --model_dir DIR --port 60011
+  tokenmill serve --run_mode prefill   --model_dir DIR --pd_master_ip 127.0.0.1 --pd_master_port 60011
+  tokenmill serve --run_mode decode    --model_dir DIR --pd_master_ip 127.0.0.1 --pd_master_port 60011
+
+environment
+  LOADWORKER=N   threads that load weights      MOE_MODE=TP   KV_TRANS_USE_P2P=1   as LightLLM names them
+"""
+
+
+def parse(argv: list[str], environment: Mapping[str, str] = os.environ) -> argparse.Namespace:
+    """Flags and environment as one namespace. Raises ConfigError for what cannot be honoured; exits with 2 on what cannot be parsed."""
+    flags = _parser().parse_args(argv)
+    flags.load_workers = _load_workers(environment)
+    _refuse_what_is_not_there(flags, environment)
+    return flags
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tokenmill serve", description="Start a farm on this machine, or one part of it.", epilog=EPILOG,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument_group("what and where").add_argument
+    add("--run_mode", choices=[*RUN_MODES, "config_server"], default="normal",
+        help="normal: everything here. pd_master: the REST door and the queue. prefill, decode: one worker that joins a pd_master")
+    add("--model_dir", help="Hugging Face style folder: config.json, tokenizer, safetensors")
+    add("--model_name", default="default_model_name", help="the name that clients see (default: %(default)s)")
+    add("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
+    add("--port", type=int, default=8000, help="REST port; 0 picks a free one (default: %(default)s)")
+    add("--state_dir", default="", help="where the queue and Redis keep their data (default: ./state/<run mode and port>)")
+    add("--nats_url", default="", help="use this NATS instead of an embedded one")
+    add("--redis_url", default="", help="use this Redis or Valkey instead of an embedded one")
+    add("--nats_port", type=int, default=0, help="port of the embedded NATS; 0 picks a free one")
+    add("--redis_port", type=int, default=0, help="port of the embedded Valkey; 0 picks a free one")
+    add("--insecure", action="store_true", help="allow a bind address that is not loopback, without keys or TLS")
+
+    add = parser.add_argument_group("engine").add_argument
+    add("--device", default="auto", help="cpu, cuda or cuda:N (default: cpu unless a GPU path is there)")
+    add("--data_type", default="auto", choices=["auto", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16"],
+        help="of weights and KV cache (default: float32 on CPU, the checkpoint's own on GPU)")
+    add("--max_req_total_len", type=int, default=16384, help="most tokens of one request, prompt and output (default: %(default)s)")
+    add("--max_total_token_num", type=int, default=0, help="tokens the KV pool holds (default: from --mem_fraction)")
+    add("--mem_fraction", type=float, default=0.0, help="share of free memory for weights and KV pool (default: 0.9 on GPU, 0.2 on CPU)")
+    add("--running_max_req_size", type=int, default=0, help="sequences running at once (default: 1000 on GPU, 64 on CPU)")
+    add("--chunked_prefill_size", type=int, default=0, help="tokens of one prefill step (default: 8192 on GPU, 512 on CPU)")
+    add("--page_size", type=int, default=0, help="tokens of one KV page (default: 64 on GPU, 16 on CPU)")
+    add("--num_threads", type=int, default=0, help="CPU threads for the math of one worker (default: all cores)")
+    add("--disable_dynamic_prompt_cache", action="store_true", help="no prefix cache")
+    add("--disable_cudagraph", action="store_true", help="decode without CUDA graphs (there are none on CPU)")
+    add("--tp", type=int, default=1, help="ranks of the group (this version: 1)")
+    add("--dp", type=int, default=1, help="data parallel groups (this version: 1)")
+    add("--enable_fa3", action="store_true", help="Flash Attention 3 (not in this version)")
+    add("--enable_prefill_microbatch_overlap", action="store_true", help="not in this version")
+    add("--enable_decode_microbatch_overlap", action="store_true", help="not in this version")
+    add("--mtp_mode", default=None, help="not in this version")
+    add("--mtp_step", type=int, default=0, help="not in this version")
+
+    add = parser.add_argument_group("many processes").add_argument
+    add("--pd_master_ip", default="", help="prefill, decode: where the pd_master is")
+    add("--pd_master_port", type=int, default=PD_MASTER_PORT, help="its REST port (default: %(default)s)")
+    add("--worker_id", default="", help="name of this worker in the farm (default: role and process id)")
+    add("--nnodes", type=int, default=1, help="nodes of the group (this version: 1)")
+    add("--node_rank", type=int, default=0)
+    add("--nccl_host", default="127.0.0.1", help="rendezvous of several ranks; one rank needs none")
+    add("--nccl_port", type=int, default=28765, help="rendezvous of several ranks; one rank needs none")
+    add("--config_server_host", default="", help="not in this version")
+    add("--config_server_port", type=int, default=0, help="not in this version")
+
+    add = parser.add_argument_group("limits and endings").add_argument
+    add("--max_queued", type=int, default=10_000, help="jobs per class, waiting or running, before clients get 429 (default: %(default)s)")
+    add("--max_body_bytes", type=int, default=4 * 1024 * 1024, help="of one REST request (default: %(default)s)")
+    add("--drain_timeout", type=float, default=30.0, help="seconds a stopping worker may finish what it has (default: %(default)s)")
+    add("--log_level", default="warning", choices=["debug", "info", "warning", "error"])
+    return parser
+
+
+def _load_workers(environment: Mapping[str, str]) -> int:
+    given = environment.get("LOADWORKER", "1")
+    if not given.isdigit() or int(given) < 1:
+        raise ConfigError(f"LOADWORKER={given!r}: must be a number of threads, at least 1")
+    return int(given)
+
+
+def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[str, str]) -> None:
+    refusals = {
+        "--run_mode config_server": flags.run_mode == "config_server",
+        f"--config_server_host {flags.config_server_host}": bool(flags.config_server_host),
+        f"--config_server_port {flags.config_server_port}": bool(flags.config_server_port),
+        f"--tp {flags.tp}": flags.tp != 1,
+        f"--dp {flags.dp}": flags.dp != 1,
+        f"--nnodes {flags.nnodes}": flags.nnodes != 1,
+        f"--node_rank {flags.node_rank}": flags.node_rank != 0,
+        "--enable_fa3": flags.enable_fa3,
+        "--enable_prefill_microbatch_overlap": flags.enable_prefill_microbatch_overlap,
+        "--enable_decode_microbatch_overlap": flags.enable_decode_microbatch_overlap,
+        f"--mtp_mode {flags.mtp_mode}": flags.mtp_mode is not None,
+        f"--mtp_step {flags.mtp_step}": flags.mtp_step != 0,
+        f"MOE_MODE={environment.get('MOE_MODE')}": environment.get("MOE_MODE", "TP") != "TP",
+    }
+    for name, is_given in refusals.items():
+        if is_given:
+            raise ConfigError(f"{name}: this version does not have it; nothing was started")
+    if flags.run_mode in ("normal", "pd_master", "prefill", "decode") and not flags.model_dir:
+        raise ConfigError("--model_dir is missing: the folder with config.json, tokenizer and safetensors")
+    if flags.run_mode in ("prefill", "decode") and not flags.pd_master_ip and not (flags.nats_url and flags.redis_url):
+        raise ConfigError(f"--run_mode {flags.run_mode} needs --pd_master_ip and --pd_master_port, or --nats_url and --redis_url")
+    if bool(flags.nats_url) != bool(flags.redis_url):
+        raise ConfigError("--nats_url and --redis_url go together: give both or neither")
+    if not flags.insecure and not _is_loopback(flags.host):
+        raise ConfigError(f"--host {flags.host}: not a loopback address, and there are no keys yet; say --insecure to bind it all the same")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

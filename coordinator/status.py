@@ -1,0 +1,108 @@
+"""`tokenmill status`: who is alive, what is queued, what is held. With --json for scripts."""
+
+import argparse
+import asyncio
+import json
+import sys
+import urllib.request
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from coordinator.bus import Bus, Counters
+from coordinator.errors import TokenmillError, Unavailable
+from coordinator.store import Store, WorkerView
+from coordinator.subjects import model_token
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tokenmill status", description="Who is alive, what is queued, what is held.", allow_abbrev=False)
+    parser.add_argument("--url", default="http://127.0.0.1:8088", help="a REST shim of the farm (default: %(default)s)")
+    parser.add_argument("--nats_url", default="", help="ask NATS and Redis directly, without a shim")
+    parser.add_argument("--redis_url", default="")
+    parser.add_argument("--model_name", default="default_model_name", help="with --nats_url (default: %(default)s)")
+    parser.add_argument("--json", action="store_true")
+    flags = parser.parse_args(argv)
+    try:
+        if flags.nats_url and flags.redis_url:
+            found = {"nats_url": flags.nats_url, "redis_url": flags.redis_url, "model": model_token(flags.model_name)}
+        else:
+            found = _ask_shim(flags.url)
+        report = asyncio.run(collect(found["nats_url"], found["redis_url"], found["model"]))
+    except TokenmillError as error:
+        print(f"tokenmill status: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(report, indent=2)) if flags.json else _show(report)
+    return 0
+
+
+async def collect(nats_url: str, redis_url: str, model: str) -> dict[str, Any]:
+    """The farm's counters as one map. At rest `held_pages`, `pinned`, `claims`, `num_ack_pending` and `jobs_depth` are 0."""
+    bus = await Bus.connect(nats_url, name="status", on_fatal=lambda error: None)
+    store = Store(redis_url)
+    try:
+        counters = await bus.counters(model)
+        workers = await store.workers(model)
+    finally:
+        await bus.close()
+        await store.close()
+    return {"model": model, **totals(workers), **depths(counters), "workers": [_row(view) for view in workers]}
+
+
+def totals(workers: list[WorkerView]) -> dict[str, int]:
+    alive = [view for view in workers if view.is_alive]
+    return {
+        "held_pages": sum(int(view.stats.get("held_pages", 0)) for view in alive),
+        "pinned": sum(int(view.stats.get("pinned", 0)) for view in alive),
+        "running": sum(int(view.stats.get("running", 0)) for view in alive),
+        "waiting": sum(int(view.stats.get("waiting", 0)) for view in alive),
+        "claims": sum(view.num_owned for view in workers),
+    }
+
+
+def depths(counters: Counters) -> dict[str, int]:
+    return {
+        "jobs_depth": sum(counters["jobs"].values()),
+        "jobs_pending": sum(counters["jobs_pending"].values()),
+        "num_ack_pending": sum(counters["jobs_ack_pending"].values()) + counters["handoff_ack_pending"],
+        "handoff_depth": counters["handoff"],
+        "dlq": counters["dlq"],
+    }
+
+
+def _row(view: WorkerView) -> dict[str, Any]:
+    info = view.info
+    return {"worker": view.worker, "incarnation": view.incarnation, "role": view.role, "alive": view.is_alive,
+            "lease_left_s": round(view.expires_in_s, 1), "claims": view.num_owned, "host": info.get("host", ""), "pid": info.get("pid", 0),
+            "finished": info.get("finished", 0), "stats": view.stats}
+
+
+def _ask_shim(url: str) -> dict[str, str]:
+    try:
+        with urllib.request.urlopen(f"{url}/bootstrap", timeout=3.0) as reply:
+            body: dict[str, str] = json.load(reply)
+            return body
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"no REST shim at {url} ({error}); give --url, or --nats_url and --redis_url") from None
+
+
+def _show(report: dict[str, Any]) -> None:
+    console = Console()
+    table = Table(title=f"workers of {report['model']}")
+    for name in ("worker", "role", "lease", "claims", "running", "waiting", "pinned", "pages held / cached / free", "finished"):
+        table.add_column(name, justify="left" if name in ("worker", "role") else "right")
+    for row in report["workers"]:
+        stats = row["stats"]
+        pages = f"{stats.get('held_pages', 0)} / {stats.get('cached_pages', 0)} / {stats.get('free_pages', 0)}"
+        lease = f"{row['lease_left_s']:.1f} s" if row["alive"] else "lapsed"
+        table.add_row(row["worker"], row["role"], lease, str(row["claims"]), str(stats.get("running", 0)), str(stats.get("waiting", 0)),
+                      str(stats.get("pinned", 0)), pages, str(row["finished"]))
+    console.print(table)
+    rest = Table(title="queue and holdings")
+    rest.add_column("what")
+    rest.add_column("count", justify="right")
+    for name, value in report.items():
+        if isinstance(value, int):
+            rest.add_row(name, str(value))
+    console.print(rest)

@@ -1,0 +1,61 @@
+"""Give a dead worker's jobs to the living as soon as its lease has lapsed. Any process may run it; one at a time leads.
+
+What it does is idempotent and harmless when done twice: a nak redelivers the message, and a claim decides who owns the job.
+Without it, `ack_wait` brings the jobs back, later.
+"""
+
+import asyncio
+import logging
+
+from coordinator.bus import Bus
+from coordinator.errors import Unavailable
+from coordinator.store import Store, WorkerView, owner_name
+
+log = logging.getLogger(__name__)
+
+PERIOD_S = 0.5
+LEADER_S = 3.0
+
+
+class Watcher:
+    """Looks twice a second while it leads."""
+
+    def __init__(self, bus: Bus, store: Store, name: str) -> None:
+        self._bus = bus
+        self._store = store
+        self._name = name
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._watch_forever(), name="watcher")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _watch_forever(self) -> None:
+        while True:
+            try:
+                if await self._store.lead("watcher", self._name, LEADER_S):
+                    await self.look()
+            except Unavailable as error:
+                log.warning("watcher: %s", error)
+            await asyncio.sleep(PERIOD_S)
+
+    async def look(self) -> int:
+        """Nak the jobs of every lapsed owner, then forget it. Returns how many messages went back."""
+        num_naks = 0
+        for view in await self._store.workers():
+            if not view.is_alive:
+                num_naks += await self._bury(view)
+        return num_naks
+
+    async def _bury(self, view: WorkerView) -> int:
+        owner = owner_name(view.worker, view.incarnation)
+        acks = await self._store.orphans(owner)
+        for ack in acks:
+            await self._bus.nak(ack)
+        await self._store.bury(owner)
+        log.warning("worker %s: lease lapsed, %d jobs given back to the queue", owner, len(acks))
+        return len(acks)

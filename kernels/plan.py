@@ -1,0 +1,113 @@
+"""Which cache slots each new token attends to: made once per forward pass, read by every layer's attention.
+
+A slot holds one token's keys and values: slot = page id * page_size + offset in the page. Where a sequence's pages follow each
+other, its slots are a plain range and attention reads the cache in place; otherwise they are listed.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Chunk:
+    """New tokens of one sequence (a prefill chunk): rows [start, end) of the batch, the last tokens of the first `seq_len`."""
+
+    start: int
+    end: int
+    seq_len: int
+    slots: slice | Tensor            # of all seq_len tokens: a range, or [seq_len] int64
+
+    # [end - start, seq_len] added to the scores: 0 where the key is not after the query, -inf elsewhere. None when the chunk
+    # starts its sequence: then plain causal attention says the same.
+    mask: Tensor | None
+
+
+@dataclass(slots=True)
+class DecodeGroup:
+    """One new token in each of N sequences. All attend at once, so the shorter are padded; groups keep the padding small."""
+
+    rows: Tensor | None              # [N] int64 rows of the batch; None: all rows of the batch, in order
+    page_table: Tensor               # [N, max_pages] int32; entries past a sequence's end repeat its first page
+    seq_lens: Tensor                 # [N] int32, the new token included
+    page_size: int
+    lens: list[int]                  # seq_lens on the host
+    runs: list[slice | Tensor]       # each sequence's slots, as in Chunk
+    memo: dict[object, object] = field(default_factory=dict)  # what a kernel derives from the above, once for all layers
+
+
+@dataclass(slots=True)
+class AttentionPlan:
+    """The new tokens of a batch, split by how they attend."""
+
+    chunks: list[Chunk]
+    groups: list[DecodeGroup]
+
+
+def make_plan(query_lens: list[int], seq_lens: list[int], page_tables: list[list[int]], page_size: int, device: torch.device,
+              dtype: torch.dtype) -> AttentionPlan:
+    """Lists with one entry per sequence, in the order of their tokens in the batch; `dtype` is that of the masks.
+
+    A page table may be longer than its sequence needs, never shorter.
+    """
+    chunks, decodes, start = [], [], 0
+    for query_len, seq_len, pages in zip(query_lens, seq_lens, page_tables, strict=True):
+        assert 1 <= query_len <= seq_len <= len(pages) * page_size
+        slots = _slots(pages, seq_len, page_size, device)
+        if query_len == 1:
+            decodes.append((seq_len, start, pages[: -(-seq_len // page_size)], slots))
+        else:
+            mask = None if query_len == seq_len else _late_mask(query_len, seq_len, device, dtype)
+            chunks.append(Chunk(start, start + query_len, seq_len, slots, mask))
+        start += query_len
+    return AttentionPlan(chunks, _groups(decodes, start, page_size, device))
+
+
+def _slots(pages: list[int], seq_len: int, page_size: int, device: torch.device) -> slice | Tensor:
+    num_pages = -(-seq_len // page_size)
+    first = pages[0]
+    if pages[:num_pages] == list(range(first, first + num_pages)):
+        return slice(first * page_size, first * page_size + seq_len)
+    table = torch.tensor(pages[:num_pages], dtype=torch.int64, device=device)
+    return (table[:, None] * page_size + torch.arange(page_size, device=device)).flatten()[:seq_len]
+
+
+def _late_mask(query_len: int, seq_len: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    mask = torch.full((query_len, seq_len), float("-inf"), dtype=dtype, device=device)
+    return mask.triu_(seq_len - query_len + 1)
+
+
+def _groups(decodes: list[tuple[int, int, list[int], slice | Tensor]], num_rows: int, page_size: int,
+            device: torch.device) -> list[DecodeGroup]:
+    if not decodes:
+        return []
+    if _padding_is_small([seq_len for seq_len, *_ in decodes]):
+        return [_group(decodes, num_rows, page_size, device)]
+    decodes.sort(key=lambda decode: decode[0])
+    groups, begin = [], 0
+    for end in range(1, len(decodes) + 1):
+        if end == len(decodes) or not _padding_is_small([seq_len for seq_len, *_ in decodes[begin : end + 1]]):
+            groups.append(_group(decodes[begin:end], num_rows, page_size, device))
+            begin = end
+    return groups
+
+
+def _padding_is_small(lens: list[int]) -> bool:
+    """A second group costs a few more calls per layer, worth about 64 padded tokens of each sequence."""
+    return max(lens) * len(lens) <= 1.25 * sum(lens) + 64 * len(lens)
+
+
+def _group(decodes: list[tuple[int, int, list[int], slice | Tensor]], num_rows: int, page_size: int, device: torch.device) -> DecodeGroup:
+    rows = [row for _, row, _, _ in decodes]
+    width = max(len(pages) for _, _, pages, _ in decodes)
+    table = [pages + pages[:1] * (width - len(pages)) for _, _, pages, _ in decodes]
+    lens = [seq_len for seq_len, _, _, _ in decodes]
+    return DecodeGroup(
+        rows=None if rows == list(range(num_rows)) else torch.tensor(rows, dtype=torch.int64, device=device),
+        page_table=torch.tensor(table, dtype=torch.int32, device=device),
+        seq_lens=torch.tensor(lens, dtype=torch.int32, device=device),
+        page_size=page_size,
+        lens=lens,
+        runs=[slots for _, _, _, slots in decodes],
+    )

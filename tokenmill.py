@@ -1,0 +1,43 @@
+"""The door: the `tokenmill` console command. Subcommands are imported only when they are called."""
+
+import importlib
+import sys
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "serve": ("coordinator.serve", "start a farm, or one part of it (--run_mode)"),
+    "status": ("coordinator.status", "who is alive, what is queued, what is held"),
+    "model": ("workers.model_cli", "fetch the demo model, write random checkpoints, show one"),
+}
+
+USAGE = """tokenmill: an inference farm that runs on a message queue
+
+  tokenmill serve --model_dir DIR [--port 8088]     one machine, everything on it
+  tokenmill COMMAND --help                          the flags of a command
+
+commands
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(USAGE + "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()))
+        return 0
+    if args[0] not in COMMANDS:
+        print(f"tokenmill: no command {args[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[args[0]][0])
+    status: int = module.main([_with_underscores(arg) for arg in args[1:]])
+    return status
+
+
+def _with_underscores(arg: str) -> str:
+    """`--run-mode` and `--run_mode` are the same flag; values keep their hyphens."""
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

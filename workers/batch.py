@@ -1,0 +1,20 @@
+"""What one forward pass computes, as plain lists: built by the scheduler, turned into tensors by the model runner."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class ForwardBatch:
+    """New tokens of several sequences, flattened; prefill chunks and decodes (one new token) in any order.
+
+    The first three have one entry per new token, the next three one per sequence. A page table may hold more pages than the
+    sequence fills. Keys and values of all new tokens are stored before any attention is computed.
+    """
+
+    token_ids: list[int]
+    positions: list[int]            # place of the token in its sequence, from 0
+    slot_mapping: list[int]         # where its keys and values go: page id * page_size + offset
+    query_lens: list[int]           # new tokens of the sequence, at least 1
+    seq_lens: list[int]             # its tokens so far, the new ones included
+    page_tables: list[list[int]]    # its page ids in token order
+    logit_rows: list[int]           # rows of token_ids whose logits are wanted, ascending

@@ -1,0 +1,56 @@
+"""The I/O process' end of the engine: start it, send commands, receive events, notice its death."""
+
+import asyncio
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+
+from workers.channel import AsyncChannel
+from workers.engine_messages import Command, Event, Shutdown, decode_event, encode
+from workers.settings import EngineSettings
+
+log = logging.getLogger(__name__)
+
+SHUTDOWN_GRACE_S = 5.0
+
+
+class EngineLink:
+    """A running engine process. The engine exits when this end of the socketpair closes, however this process ends."""
+
+    def __init__(self, process: subprocess.Popen[bytes], channel: AsyncChannel) -> None:
+        self.process = process
+        self._channel = channel
+
+    @classmethod
+    async def start(cls, settings: EngineSettings) -> "EngineLink":
+        ours, theirs = socket.socketpair()
+        argv = [sys.executable, "-m", "workers.engine", "--fd", str(theirs.fileno()), "--settings", json.dumps(asdict(settings))]
+        process = subprocess.Popen(argv, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=os.environ)
+        theirs.close()
+        return cls(process, await AsyncChannel.open(ours))
+
+    def send(self, command: Command) -> None:
+        """Never blocks; commands keep their order."""
+        self._channel.send(encode(command))
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Until the engine is gone."""
+        async for data in self._channel:
+            yield decode_event(data)
+
+    async def stop(self) -> int:
+        """Ask, wait, insist. Returns the exit status."""
+        if self.process.poll() is None:
+            self.send(Shutdown())
+        try:
+            await asyncio.wait_for(asyncio.to_thread(self.process.wait), SHUTDOWN_GRACE_S)
+        except asyncio.TimeoutError:
+            log.warning("engine %d did not stop in %g s: killed", self.process.pid, SHUTDOWN_GRACE_S)
+            self.process.kill()
+        await self._channel.close()
+        return await asyncio.to_thread(self.process.wait)

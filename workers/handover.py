@@ -1,0 +1,284 @@
+"""Hand a sequence's KV cache from a prefill worker to a decode worker (docs/protocol.md, hand-over).
+
+Giver: pages pinned, first token stored -> handle into HANDOFF -> answers `confirm` while the pin stands -> unpins on `release`.
+Taker: pulls a handle (pulling is the reservation) -> copies pages -> asks the giver to confirm -> takes ownership by compare-and-set
+-> acknowledges the handle -> tells the giver -> decodes. Whatever fails before the compare-and-set costs time, never an answer.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from coordinator import subjects
+from coordinator.bus import Bus, Delivery, Message
+from coordinator.errors import InvalidField, MalformedMessage, Unavailable
+from coordinator.fold import Shown
+from coordinator.messages import (
+    DeadLetter,
+    Job,
+    KVHandle,
+    KVSource,
+    decode_map,
+    encode_map,
+    pack_floats,
+    pack_ids,
+    unpack_floats,
+    unpack_ids,
+)
+from coordinator.store import Store, owner_name
+from coordinator.tokenizer import Tokenizer
+from workers.active_job import ActiveJob, Phase, open_job
+from workers.engine_link import EngineLink
+from workers.engine_messages import Activate, Imported, ImportSequence, Pinned, PoolAddress, ReleasePin
+from workers.jobs import Identity, Jobs
+
+log = logging.getLogger(__name__)
+
+HANDLE_LEASE_S = 60.0        # an offer nobody took in this time is made again, under a new epoch
+RECONCILE_S = 1.0            # how often a giver looks whether a taker's `release` was lost
+CONFIRM_TIMEOUT_S = 1.0
+RETRY_DELAY_S = 0.5
+
+
+class Giver:
+    """The prefill side."""
+
+    def __init__(self, me: Identity, pool: PoolAddress, bus: Bus, store: Store, engine: EngineLink, jobs: Jobs) -> None:
+        self._me = me
+        self._pool = pool
+        self._bus = bus
+        self._store = store
+        self._engine = engine
+        self._jobs = jobs
+        self._tasks: set[asyncio.Task[None]] = set()
+        jobs.on_offerable = self.maybe_offer
+
+    async def start(self) -> None:
+        self._requests = await self._bus.subscribe(subjects.kv(self._me.worker, self._me.incarnation), self._on_request)
+        self._spawn(self._reconcile_forever())
+
+    def on_pinned(self, pinned: Pinned) -> None:
+        active = self._jobs.by_key(pinned.job_id)
+        if active is None or active.phase is not Phase.RUNNING:
+            return  # ended meanwhile: its Cancel is on the way to the engine
+        active.generation = pinned.generation
+        active.offered_pages = pinned.page_ids
+        active.num_pinned_tokens = pinned.num_tokens
+        self.maybe_offer(active)
+
+    def maybe_offer(self, active: ActiveJob) -> None:
+        """Offer once the pages are pinned and every token so far is stored: a reader must never miss what a taker will not repeat."""
+        if active.phase is Phase.RUNNING and active.generation >= 0 and active.num_stored == active.num_output:
+            active.phase = Phase.OFFERED
+            active.offered_at = time.monotonic()
+            self._spawn(self._publish(active))
+            self._jobs.on_change()
+
+    async def _publish(self, active: ActiveJob) -> None:
+        handle = self._handle(active).encode()
+        await self._jobs.until_available(lambda: self._bus.publish_handoff(self._me.model, handle))
+
+    def _handle(self, active: ActiveJob) -> KVHandle:
+        shown = active.shown
+        return KVHandle(
+            job=active.job.encode(), epoch=active.epoch, layout=self._me.layout, num_tokens=active.num_pinned_tokens,
+            source=KVSource(worker=self._me.worker, incarnation=self._me.incarnation, host=self._me.host, transport="mapped",
+                            address=self._pool.address, num_pages=self._pool.num_pages),
+            page_ids=active.offered_pages, generation=active.generation, prompt_ids=pack_ids(active.prompt_ids),
+            output=pack_ids(shown.token_ids), logprobs=pack_floats(shown.logprobs), texts=tuple(shown.texts),
+            cached_tokens=active.cached_tokens, ack_subject=active.ack_subject, chains=active.chains, emitters=tuple(shown.emitters),
+            lease_expires_ms=int((time.time() + HANDLE_LEASE_S) * 1000))
+
+    async def _on_request(self, message: Message) -> None:
+        """`confirm`: does this pin still stand? `release`: the taker owns the job now. Malformed requests are answered with no."""
+        try:
+            body = decode_map(message.data)
+            op, job_id, epoch, generation = body["op"], body["job_id"], body["epoch"], body["generation"]
+        except (MalformedMessage, KeyError) as error:
+            log.warning("kv request refused: %s", error)
+            await self._answer(message, False)
+            return
+        active = self._jobs.get(job_id) if isinstance(job_id, str) else None
+        is_pinned = (active is not None and active.phase is Phase.OFFERED and active.epoch == epoch and active.generation == generation)
+        if op == "release" and is_pinned:
+            assert active is not None
+            self._release(active)
+        await self._answer(message, is_pinned)
+
+    async def _answer(self, message: Message, is_ok: bool) -> None:
+        if message.reply:
+            await self._bus.publish(message.reply, encode_map({"ok": is_ok}))
+
+    def _release(self, active: ActiveJob) -> None:
+        self._engine.send(ReleasePin(job_id=active.key))
+        self._jobs.forget(active)
+
+    async def _reconcile_forever(self) -> None:
+        while True:
+            await asyncio.sleep(RECONCILE_S)
+            now = time.monotonic()
+            for active in self._jobs.all():
+                if active.phase is Phase.OFFERED and now - active.offered_at > RECONCILE_S:
+                    try:
+                        await self._reconcile(active, now)
+                    except Unavailable as error:
+                        log.warning("job %s: offer not checked: %s", active.job.job_id, error)
+                        break
+
+    async def _reconcile(self, active: ActiveJob, now: float) -> None:
+        record = await self._store.job(active.job.job_id)
+        if active.phase is not Phase.OFFERED:
+            return
+        if record and record.get("owner") != self._me.owner:
+            self._release(active)
+        elif now - active.offered_at > HANDLE_LEASE_S and await self.take_back(active):
+            active.offered_at = now
+            await self._publish(active)
+
+    async def take_back(self, active: ActiveJob) -> bool:
+        """Void the handle that is out. False: a taker was faster, the pages are released."""
+        epoch = await self._store.take_back(self._me.owner, active.job.job_id, active.epoch)
+        if active.phase is not Phase.OFFERED:
+            return False
+        if epoch is None:
+            self._release(active)
+            return False
+        active.epoch = epoch
+        return True
+
+    def _spawn(self, coroutine: object) -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(coroutine)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        await self._requests.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class Taker:
+    """The decode side."""
+
+    def __init__(self, me: Identity, tokenizer: Tokenizer, bus: Bus, store: Store, engine: EngineLink, jobs: Jobs,
+                 is_cancelled: Callable[[str], bool]) -> None:
+        self._me = me
+        self._tokenizer = tokenizer
+        self._bus = bus
+        self._store = store
+        self._engine = engine
+        self._jobs = jobs
+        self._is_cancelled = is_cancelled
+        self._imports: dict[str, asyncio.Future[Imported]] = {}
+
+    @property
+    def num_importing(self) -> int:
+        return len(self._imports)
+
+    def on_imported(self, imported: Imported) -> None:
+        if (waiting := self._imports.get(imported.job_id)) is not None and not waiting.done():
+            waiting.set_result(imported)
+
+    def abandon(self) -> None:
+        """We are leaving: handles whose pages are still on the way go to another worker."""
+        for waiting in self._imports.values():
+            if not waiting.done():
+                waiting.set_exception(Unavailable("this worker is leaving"))
+
+    async def take(self, delivery: Delivery) -> None:
+        """One handle from pull to decode. Leaves the delivery acknowledged, or put back for another worker."""
+        try:
+            handle = KVHandle.decode(delivery.data)
+            job = Job.decode(handle.job)
+        except (MalformedMessage, InvalidField) as error:
+            await self._bus.dead_letter(DeadLetter(subject=delivery.subject, reason=f"KV handle: {error}", payload=delivery.data,
+                                                   at_ms=int(time.time() * 1000)), self._me.model)
+            await delivery.ack()
+            return
+        if (why := self._refusal(handle)) is not None:
+            log.error("job %s: %s", job.job_id, why)
+            await delivery.nak(RETRY_DELAY_S)
+            return
+        former = self._jobs.get(job.job_id)
+        if former is not None:
+            if former.epoch >= handle.epoch:
+                await delivery.ack()  # a second copy of what we have
+                return
+            self._jobs.forget(former)
+        active = self._open(job, handle)
+        self._jobs.add(active)
+        try:
+            await self._import(active, handle, delivery)
+        except Unavailable as error:
+            log.warning("job %s: handle put back: %s", job.job_id, error)
+            self._jobs.forget(active)
+            await delivery.nak(RETRY_DELAY_S)
+        finally:
+            self._imports.pop(active.key, None)
+
+    def _refusal(self, handle: KVHandle) -> str | None:
+        """Why this handle must not be used here: using it could give a wrong answer. None: it may."""
+        for name in ("model", "weights", "kind", "num_layers", "row", "dtype", "page_size"):
+            ours, theirs = getattr(self._me.layout, name), getattr(handle.layout, name)
+            if ours != theirs:
+                return f"KV layout differs in {name}: ours {ours!r}, {handle.source.worker} has {theirs!r}"
+        if handle.source.transport != "mapped" or handle.source.host != self._me.host:
+            return f"KV pages of {handle.source.worker} on host {handle.source.host} cannot be mapped from host {self._me.host}"
+        return None
+
+    def _open(self, job: Job, handle: KVHandle) -> ActiveJob:
+        shown = Shown(token_ids=unpack_ids(handle.output), logprobs=unpack_floats(handle.logprobs), texts=list(handle.texts),
+                      emitters=list(handle.emitters), epoch=handle.epoch)
+        active = open_job(self._tokenizer, job, epoch=handle.epoch, ack_subject=handle.ack_subject,
+                          chains=(*handle.chains, self._me.owner), prompt_ids=unpack_ids(handle.prompt_ids), shown=shown)
+        active.phase = Phase.IMPORTING
+        active.cached_tokens = handle.cached_tokens
+        return active
+
+    async def _import(self, active: ActiveJob, handle: KVHandle, delivery: Delivery) -> None:
+        source = handle.source
+        arrived = self._imports[active.key] = asyncio.get_running_loop().create_future()
+        self._engine.send(ImportSequence(
+            job_id=active.key, token_ids=pack_ids([*active.prompt_ids, *active.shown.token_ids]), num_prompt=len(active.prompt_ids),
+            params=active.job.params, num_kv_tokens=handle.num_tokens, page_ids=handle.page_ids, layout=handle.layout,
+            source=PoolAddress(address=source.address, num_pages=source.num_pages)))
+        imported = await arrived
+        question = {"job_id": active.job.job_id, "epoch": handle.epoch, "generation": handle.generation}
+        if not imported.ok or not await self._confirm(source, question):
+            # The pages are gone, or the giver is: its lease lapses and the job comes back through JOBS. The handle is worth nothing.
+            log.info("job %s: handle dropped: %s", active.job.job_id, imported.error or "not confirmed by its source")
+            self._jobs.forget(active)
+            await delivery.ack()
+            return
+        giver = owner_name(source.worker, source.incarnation)
+        taken, was_cancelled = await self._take(active.job.job_id, handle.epoch, giver)
+        if not taken:
+            self._jobs.forget(active)
+            await delivery.ack()
+            return
+        active.phase = Phase.RUNNING
+        if was_cancelled or active.is_cancelled or self._is_cancelled(active.job.job_id):
+            self._jobs.end(active, "cancelled")
+        else:
+            self._engine.send(Activate(job_id=active.key))
+        await delivery.ack()
+        await self._bus.publish(subjects.kv(source.worker, source.incarnation), encode_map({"op": "release", **question}))
+
+    async def _take(self, job_id: str, epoch: int, giver: str) -> tuple[bool, bool]:
+        """Asked until answered: an attempt whose reply was lost may have made us the owner, and then nobody else would ever decode."""
+        while True:
+            try:
+                return await self._store.take(job_id, epoch, giver=giver, taker=self._me.owner)
+            except Unavailable as error:
+                log.warning("job %s: not taken yet: %s", job_id, error)
+                await asyncio.sleep(RETRY_DELAY_S)
+
+    async def _confirm(self, source: KVSource, question: dict[str, object]) -> bool:
+        try:
+            answer = await self._bus.request(subjects.kv(source.worker, source.incarnation), encode_map({"op": "confirm", **question}),
+                                            CONFIRM_TIMEOUT_S)
+            return decode_map(answer.data).get("ok") is True
+        except (Unavailable, MalformedMessage):
+            return False

@@ -1,0 +1,208 @@
+"""One life of a worker in the farm: registered, pulling, owning jobs, until it leaves or learns that others took its jobs.
+
+The engine outlives it: a worker that was taken for dead registers anew without loading weights again.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+from typing import Any
+
+from coordinator import subjects
+from coordinator.bus import Bus, Message
+from coordinator.errors import Fenced, Unavailable
+from coordinator.store import Store
+from coordinator.subjects import model_token
+from coordinator.tokenizer import Tokenizer
+from workers.active_job import Phase
+from workers.emitter import Emitter
+from workers.engine_link import EngineLink
+from workers.engine_messages import Event, Failed, Imported, Pinned, Ready, Stats, Tokens
+from workers.handover import Giver, Taker
+from workers.intake import Intake
+from workers.jobs import Identity, Jobs
+from workers.lease import Lease
+from workers.pulling import Pulling, handoff_consumers, job_consumers
+from workers.recent import RecentIds
+from workers.settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+BEAT_S = subjects.ACK_WAIT_S / 3
+DEADLINE_CHECK_S = 0.1
+MAX_REMEMBERED_CANCELS = 100_000
+MAX_PULL = 16
+MAX_IMPORTS = 8
+SETTLE_S = 2.0
+
+
+class Incarnation:
+    """Use: `await start(…)`, feed `on_event`, wait for `over`, `await leave(…)`."""
+
+    def __init__(self, settings: WorkerSettings, ready: Ready, stats: Stats, engine: EngineLink, tokenizer: Tokenizer, bus: Bus,
+                 store: Store) -> None:
+        self.over = asyncio.Event()     # others took over: nothing of this life may be used any more
+        self.stats = stats
+        self._settings = settings
+        self._ready = ready
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._bus = bus
+        self._store = store
+        self._cancelled = RecentIds(MAX_REMEMBERED_CANCELS)
+        self._model = model_token(settings.engine.model_name)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Register, then pull. Raises Unavailable when NATS or Redis does not answer."""
+        settings, ready = self._settings, self._ready
+        incarnation = await self._store.register(settings.worker_id, self._info())
+        self.me = me = Identity(worker=settings.worker_id, incarnation=incarnation, role=settings.engine.role, model=self._model,
+                                host=socket.gethostname(), layout=ready.layout)
+        await self._bus.roster_add(me.worker, me.incarnation)  # before the first claim: docs/protocol.md, emptied Redis
+        self.jobs = Jobs(me, self._bus, self._store, self._engine)
+        self.jobs.emitter = Emitter(self._bus, me.worker, me.incarnation, on_stored=self.jobs.on_stored, on_fenced=self._on_fenced)
+        self._lease = Lease(self._store, me.owner, self._info, self.jobs.owned, self._on_lost)
+        self._lease.start()
+        self._cancels = await self._bus.subscribe("cancel.*", self._on_cancel)
+        self._giver: Giver | None = None
+        self._taker: Taker | None = None
+        if me.role == "prefill":
+            self._giver = Giver(me, ready.pool, self._bus, self._store, self._engine, self.jobs)
+            await self._giver.start()
+        if me.role == "decode":
+            self._taker = Taker(me, self._tokenizer, self._bus, self._store, self._engine, self.jobs, self._cancelled.__contains__)
+            self._pulling = Pulling(self._bus, handoff_consumers(self._model), self._room_for_handles, self._taker.take)
+        else:
+            intake = Intake(me, self._tokenizer, self._bus, self._store, self.jobs, self._cancelled.__contains__)
+            self._pulling = Pulling(self._bus, job_consumers(self._model), self._room_for_jobs, intake.accept)
+        self.jobs.on_change = self._pulling.on_change
+        await self._pulling.start()
+        self._tasks = [asyncio.create_task(self._beat_forever()), asyncio.create_task(self._watch_deadlines())]
+
+    def _info(self) -> dict[str, Any]:
+        engine, stats, layout = self._settings.engine, self.stats, self._ready.layout
+        return {"role": engine.role, "model": self._model, "host": socket.gethostname(), "pid": os.getpid(),
+                "layout": {name: getattr(layout, name) for name in layout.__slots__},
+                "stats": {name: getattr(stats, name) for name in stats.__slots__},
+                "max_total_tokens": self._ready.max_total_tokens, "max_seq_len": self._ready.max_seq_len,
+                "finished": self.jobs.num_finished if hasattr(self, "jobs") else 0}
+
+    # ---- how much to pull ----
+
+    def _room_for_jobs(self) -> int:
+        """Jobs that may be pulled: slots free in the engine, and not more prompt tokens waiting than two steps compute."""
+        if not self._may_take or self.jobs.num_waiting_tokens >= 2 * self._ready.chunk_size:
+            return 0
+        return min(self._ready.max_num_seqs - self.jobs.num_in(Phase.RUNNING), MAX_PULL)
+
+    def _room_for_handles(self) -> int:
+        """Handles that may be pulled: a few imports ahead at most, or a full worker would hoard what others could run."""
+        if not self._may_take or self.jobs.num_in(Phase.IMPORTING) >= MAX_IMPORTS:
+            return 0
+        return min(self._ready.max_num_seqs - self.jobs.num_in(Phase.RUNNING, Phase.IMPORTING), MAX_IMPORTS)
+
+    @property
+    def _may_take(self) -> bool:
+        return self._lease.is_fresh and self.stats.free_tokens > 0
+
+    # ---- events ----
+
+    def on_event(self, event: Event) -> None:
+        match event:
+            case Tokens():
+                self.jobs.on_tokens(event)
+            case Stats():
+                self.stats = event
+                self.jobs.on_change()
+            case Pinned() if self._giver is not None:
+                self._giver.on_pinned(event)
+            case Imported() if self._taker is not None:
+                self._taker.on_imported(event)
+            case Failed():
+                self.jobs.on_failed(event)
+
+    async def _on_cancel(self, message: Message) -> None:
+        job_id = message.subject.partition(".")[2]
+        active = self.jobs.get(job_id)
+        if active is None:
+            self._cancelled.add(job_id)
+            return
+        active.is_cancelled = True
+        await self._end_early(job_id, "cancelled")
+
+    async def _end_early(self, job_id: str, reason: str) -> None:
+        """End a job that is ours, in whatever phase; one that is being handed over ends with whoever wins it."""
+        active = self.jobs.get(job_id)
+        if active is None:
+            return
+        if active.phase is Phase.RUNNING:
+            self.jobs.end(active, reason)
+        elif active.phase is Phase.OFFERED and self._giver is not None:
+            with contextlib.suppress(Unavailable):  # the deadline watch or the taker comes back to it
+                if await self._giver.take_back(active):
+                    self.jobs.end(active, reason)
+
+    def _on_fenced(self, fenced: Fenced) -> None:
+        log.warning("%s", fenced)
+        self.over.set()
+
+    def _on_lost(self, job_ids: set[str]) -> None:
+        log.warning("%d jobs were taken over while the lease had lapsed", len(job_ids))
+        self.over.set()
+
+    # ---- periodic ----
+
+    async def _beat_forever(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            for active in self.jobs.all():
+                if active.phase is not Phase.IMPORTING:
+                    with contextlib.suppress(Unavailable):
+                        await self._bus.progress(active.ack_subject)
+
+    async def _watch_deadlines(self) -> None:
+        while True:
+            await asyncio.sleep(DEADLINE_CHECK_S)
+            now_ms = time.time() * 1000
+            for active in self.jobs.all():
+                if active.is_cancelled and active.phase in (Phase.OFFERED, Phase.RUNNING):
+                    await self._end_early(active.job.job_id, "cancelled")
+                elif active.job.deadline_ms is not None and now_ms > active.job.deadline_ms:
+                    await self._end_early(active.job.job_id, "expired")
+
+    # ---- leaving ----
+
+    async def stop_pulling(self) -> None:
+        await self._pulling.close()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new and let what is here end by itself, for a while."""
+        give_up_at = time.monotonic() + timeout_s
+        while len(self.jobs) and time.monotonic() < give_up_at and not self.over.is_set():
+            await asyncio.sleep(0.02)
+
+    async def leave(self) -> None:
+        """Hand back what is still ours, and retire. What others took stays theirs."""
+        await self._pulling.close()
+        if self._taker is not None:
+            self._taker.abandon()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._pulling.settle(), SETTLE_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._cancels.close()
+        if self._giver is not None:
+            await self._giver.close()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.jobs.settle(), SETTLE_S)
+        with contextlib.suppress(Unavailable, asyncio.TimeoutError):
+            await asyncio.wait_for(self.jobs.hand_back(), SETTLE_S)
+        await self.jobs.emitter.close()
+        await self._lease.close()
+        with contextlib.suppress(Unavailable):
+            await self._store.retire(self.me.owner)

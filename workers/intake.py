@@ -1,0 +1,144 @@
+"""Pull jobs by free capacity, claim them, take them up where the former owner stopped (docs/protocol.md, claim and resume)."""
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from coordinator import subjects
+from coordinator.bus import Bus, Delivery
+from coordinator.errors import InvalidField, MalformedMessage, TokenmillError, Unavailable
+from coordinator.fold import Shown, fold
+from coordinator.messages import DeadLetter, Job, TokenRun, check_id, decode_map
+from coordinator.store import Claim, Store
+from coordinator.tokenizer import Tokenizer
+from workers.active_job import open_job
+from workers.jobs import Identity, Jobs
+
+log = logging.getLogger(__name__)
+
+WAIT_STEP_S = 0.25
+
+
+class Intake:
+    """Turns one delivery from JOBS into a running job, a final record or a dead letter; never into silence."""
+
+    def __init__(self, me: Identity, tokenizer: Tokenizer, bus: Bus, store: Store, jobs: Jobs, is_cancelled: Callable[[str], bool]) -> None:
+        self._me = me
+        self._tokenizer = tokenizer
+        self._bus = bus
+        self._store = store
+        self._jobs = jobs
+        self._is_cancelled = is_cancelled
+        self._claiming: set[str] = set()
+        self.num_refused = 0
+
+    async def accept(self, delivery: Delivery) -> None:
+        """Ends with the job claimed, the delivery acknowledged, or left to its live owner."""
+        try:
+            job = _seeded(Job.decode(delivery.data))
+        except (MalformedMessage, InvalidField) as error:
+            await self._refuse(delivery, error)
+            return
+        await self._hold(job, delivery)
+
+    async def _hold(self, job: Job, delivery: Delivery, refusal: str = "") -> None:
+        if job.job_id in self._claiming or self._jobs.get(job.job_id) is not None:
+            return  # a redelivery of what this worker has
+        self._claiming.add(job.job_id)
+        try:
+            await self._claim(job, delivery, refusal)
+        except Unavailable as error:
+            log.warning("job %s: not claimed: %s", job.job_id, error)  # ack_wait brings it back
+        finally:
+            self._claiming.discard(job.job_id)
+
+    async def _claim(self, job: Job, delivery: Delivery, refusal: str) -> None:
+        claim = await self._ask(job, delivery, epoch_seen=0)
+        if claim.state == "done":
+            await delivery.ack()
+        if claim.state != "granted":
+            return
+        shown = Shown()
+        if claim.chains or claim.unfenced or claim.epoch > 1:
+            shown = await self._resume(job, claim, delivery)
+        prompt_ids = list(job.prompt_ids) if job.prompt_ids is not None else self._tokenizer.encode(
+            job.text or "", add_special_tokens=job.params.add_special_tokens)
+        chains = (*(c for c in claim.chains if c != self._me.owner), self._me.owner)
+        active = open_job(self._tokenizer, job, epoch=claim.epoch, ack_subject=delivery.ack_subject, chains=chains, prompt_ids=prompt_ids, shown=shown)
+        if shown.finish is not None:
+            self._jobs.add(active)
+            self._jobs.repair(active)
+        elif refusal:
+            self._jobs.add(active)
+            self._jobs.end(active, "error", refusal)
+        elif (reason := self._reason_to_end(job, claim)) is not None:
+            self._jobs.add(active)
+            self._jobs.end(active, reason)
+        else:
+            self._jobs.start(active)
+
+    async def _ask(self, job: Job, delivery: Delivery, epoch_seen: int) -> Claim:
+        while True:
+            claim = await self._store.claim(self._me.owner, job.job_id, ack=delivery.ack_subject, origin=job.origin, model=job.model,
+                                            epoch_seen=epoch_seen)
+            if claim.state != "wait":
+                return claim
+            await delivery.in_progress()
+            await asyncio.sleep(min(claim.wait_s, WAIT_STEP_S))
+
+    async def _resume(self, job: Job, claim: Claim, delivery: Delivery) -> Shown:
+        """Fence those from whom the job was taken, then read what readers were shown."""
+        me = self._me.owner
+        for owner in claim.unfenced:
+            if owner != me:
+                worker, _, incarnation = owner.rpartition(".")
+                await self._bus.fence(subjects.chain(job.origin, worker, int(incarnation)), by=me)
+            await self._store.fenced(me, job.job_id, claim.epoch, owner)
+        runs: list[tuple[str, TokenRun]] = []
+        for owner in claim.chains:
+            worker, _, incarnation = owner.rpartition(".")
+            found = await self._bus.read_chain(subjects.chain(job.origin, worker, int(incarnation)), start_time_ms=job_start_ms(delivery))
+            runs += [(subject, run) for subject, _, frame in found for run in frame.runs if run.job_id == job.job_id]
+        shown = fold(runs)
+        log.info("job %s: taken over at epoch %d, %d tokens were shown", job.job_id, claim.epoch, len(shown.token_ids))
+        return shown
+
+    def _reason_to_end(self, job: Job, claim: Claim) -> str | None:
+        if claim.is_cancelled or self._is_cancelled(job.job_id):
+            return "cancelled"
+        if job.deadline_ms is not None and time.time() * 1000 > job.deadline_ms:
+            return "expired"
+        return None
+
+    async def _refuse(self, delivery: Delivery, error: TokenmillError) -> None:
+        """Keep what cannot be served as a dead letter, with its reason; end the job as failed if the bytes say whose it is."""
+        self.num_refused += 1
+        log.warning("refused a message on %s: %s", delivery.subject, error)
+        letter = DeadLetter(subject=delivery.subject, reason=str(error), payload=delivery.data, at_ms=int(time.time() * 1000))
+        try:
+            body = decode_map(delivery.data)
+            job_id, origin = check_id("job_id", body.get("job_id", "")), check_id("origin", body.get("origin", ""))
+        except (MalformedMessage, InvalidField):
+            await self._jobs.until_available(lambda: self._bus.dead_letter(letter, self._me.model))
+            await delivery.ack()
+            return
+        await self._jobs.until_available(lambda: self._bus.dead_letter(replace(letter, job_id=job_id), self._me.model))
+        await self._hold(Job(job_id=job_id, origin=origin, model=self._me.model, text="-"), delivery, refusal=str(error))
+
+
+def job_start_ms(delivery: Delivery) -> int:
+    """No frame of a job is older than its message; one second of slack for clocks that are set back."""
+    return max(0, delivery.timestamp_ms - 1000)
+
+
+def _seeded(job: Job) -> Job:
+    """A job without a seed gets one that every worker derives alike, so that a resumed job draws the same numbers."""
+    if job.params.seed is not None:
+        return job
+    digest = hashlib.blake2b(job.job_id.encode(), digest_size=8).digest()
+    return replace(job, params=replace(job.params, seed=int.from_bytes(digest, "little")))
+
+

@@ -1,0 +1,190 @@
+"""The jobs of one worker incarnation, from claim to commit or hand-over. Every path by which a job leaves goes through here."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from coordinator.bus import Bus
+from coordinator.errors import Unavailable
+from coordinator.messages import KVLayout, TokenRun, pack_ids
+from coordinator.store import OwnedJob, Store, owner_name
+from workers.active_job import ActiveJob, Phase
+from workers.emitter import Emitter
+from workers.engine_link import EngineLink
+from workers.engine_messages import AddSequence, Cancel, Failed, Tokens
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Who this incarnation is, to everybody else."""
+
+    worker: str
+    incarnation: int
+    role: str
+    model: str
+    host: str
+    layout: KVLayout
+
+    @property
+    def owner(self) -> str:
+        return owner_name(self.worker, self.incarnation)
+
+
+class Jobs:
+    """Start, feed, end and forget jobs.
+
+    `on_prefilled` is told when a running job of role prefill may be offered; `on_change` when capacity may have changed.
+    """
+
+    def __init__(self, me: Identity, bus: Bus, store: Store, engine: EngineLink) -> None:
+        self.me = me
+        self.on_offerable: Callable[[ActiveJob], None] = lambda active: None
+        self.on_change: Callable[[], None] = lambda: None
+        self.emitter: Emitter
+        self.num_finished = 0
+        self._bus = bus
+        self._store = store
+        self._engine = engine
+        self._active: dict[str, ActiveJob] = {}
+        self._by_key: dict[str, ActiveJob] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._active)
+
+    def get(self, job_id: str) -> ActiveJob | None:
+        return self._active.get(job_id)
+
+    def all(self) -> list[ActiveJob]:
+        return list(self._active.values())
+
+    def num_in(self, *phases: Phase) -> int:
+        return sum(1 for active in self._active.values() if active.phase in phases)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens that were given to the engine and have not produced a token yet."""
+        return sum(len(a.prompt_ids) for a in self._active.values() if a.phase is Phase.RUNNING and a.num_output == a.num_stored == 0)
+
+    def owned(self) -> list[OwnedJob]:
+        """What to assert after Redis came back: everything but what a giver still owns."""
+        return [OwnedJob(job_id=a.job.job_id, epoch=a.epoch, ack=a.ack_subject, origin=a.job.origin, model=a.job.model, chains=a.chains)
+                for a in self._active.values() if a.phase is not Phase.IMPORTING]
+
+    def add(self, active: ActiveJob) -> None:
+        former = self._active.get(active.job.job_id)
+        if former is not None:
+            self.forget(former)
+        self._active[active.job.job_id] = active
+        self._by_key[active.key] = active
+
+    def start(self, active: ActiveJob) -> None:
+        """Give a claimed job to the engine."""
+        self.add(active)
+        self._engine.send(AddSequence(job_id=active.key, token_ids=pack_ids([*active.prompt_ids, *active.shown.token_ids]),
+                                      num_prompt=len(active.prompt_ids), params=active.job.params))
+
+    def forget(self, active: ActiveJob) -> None:
+        """Drop all that this worker holds of a job; what is not stored stays unsaid."""
+        active.phase = Phase.GONE
+        active.pending.clear()
+        if self._by_key.pop(active.key, None) is not None:
+            self._engine.send(Cancel(job_id=active.key))
+        if self._active.get(active.job.job_id) is active:
+            del self._active[active.job.job_id]
+        self.on_change()
+
+    def end(self, active: ActiveJob, reason: str, error: str = "") -> None:
+        """End a job that is ours without another token (cancelled, expired, failed)."""
+        if active.phase in (Phase.FINISHING, Phase.GONE):
+            return
+        active.end(self.me.owner, reason, error)
+        self._send_last(active)
+
+    def repair(self, active: ActiveJob) -> None:
+        """A job whose last frame a former owner stored before it died: only the commit is left to do."""
+        active.phase = Phase.FINISHING
+        self._spawn(self._commit(active))
+
+    # ---- from the engine ----
+
+    def on_tokens(self, tokens: Tokens) -> None:
+        for key, cached_tokens in tokens.prefilled:
+            if (active := self._by_key.get(key)) is not None:
+                active.cached_tokens = cached_tokens
+        for key, _, token_id, logprob, finish in tokens.rows:
+            active = self._by_key.get(key)
+            if active is None or active.phase is not Phase.RUNNING:
+                continue
+            if active.push(self.me.owner, token_id, logprob, finish):
+                self._send_last(active)
+            else:
+                self.emitter.wake(active)
+
+    def on_failed(self, failed: Failed) -> None:
+        if (active := self._by_key.get(failed.job_id)) is not None:
+            self.end(active, "error", f"{failed.field}: {failed.error}" if failed.field else failed.error)
+
+    def by_key(self, key: str) -> ActiveJob | None:
+        return self._by_key.get(key)
+
+    # ---- from the chain ----
+
+    def on_stored(self, active: ActiveJob, run: TokenRun) -> None:
+        if run.finish is not None:
+            self._spawn(self._commit(active))
+        elif active.phase is Phase.RUNNING:
+            self.on_offerable(active)
+
+    def _send_last(self, active: ActiveJob) -> None:
+        active.phase = Phase.FINISHING
+        self._engine.send(Cancel(job_id=active.key))
+        self.emitter.wake(active)
+
+    async def _commit(self, active: ActiveJob) -> None:
+        """The last frame stands on the chain: final record, then acknowledge, then done. Each step may be repeated by anyone."""
+        record = active.record()
+        await self.until_available(lambda: self._bus.put_result(record))
+        await self.until_available(lambda: self._bus.ack(active.ack_subject))
+        self.num_finished += 1
+        self.forget(active)
+        await self.until_available(lambda: self._store.finish(self.me.owner, active.job.job_id, active.epoch))
+
+    async def until_available(self, call: Callable[[], Awaitable[object]]) -> None:
+        """Repeat an idempotent call until the server it needs is back."""
+        while True:
+            try:
+                await call()
+                return
+            except Unavailable as error:
+                log.warning("waiting: %s", error)
+                await asyncio.sleep(RETRY_S)
+
+    async def hand_back(self) -> None:
+        """Put every job that is still ours back into the queue, unharmed: nothing of it is emitted here any more."""
+        held = [active for active in self.all() if active.phase in (Phase.RUNNING, Phase.OFFERED)]
+        was_offered = {active.job.job_id for active in held if active.phase is Phase.OFFERED}
+        for active in held:
+            self.forget(active)
+        await self.emitter.flush()
+        for active in held:
+            epoch: int | None = active.epoch
+            if active.job.job_id in was_offered:
+                epoch = await self._store.take_back(self.me.owner, active.job.job_id, active.epoch)
+            if epoch is not None and await self._store.give_up(self.me.owner, active.job.job_id, epoch):
+                await self._bus.nak(active.ack_subject)
+
+    def _spawn(self, coroutine: Awaitable[None]) -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(coroutine)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def settle(self) -> None:
+        """Wait for the commits under way."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,0 +1,107 @@
+"""Change logits by what a sequence said so far and by what it may say: LightLLM's penalties, EOS rules and allowed tokens.
+
+Order: repetition, frequency, presence; then the length penalty on EOS; then masks (EOS too early, tokens not allowed). Tokens are
+counted over the output, and over the prompt too with `input_penalty`. Each sequence keeps its counts and adds to them what came
+since the last step, so a step costs the number of distinct tokens, whatever the length.
+"""
+
+from array import array
+from collections.abc import Sequence as Seq
+from math import exp, inf, log
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from coordinator.sampling import SamplingParams
+from workers.sequence import Sequence
+
+MAX_DECAY_EXPONENT = 60.0  # e**60 puts any logit above all others and is still a finite float32
+
+
+class TokenCounts:
+    """How often each token occurred, as two parallel arrays that a step can hand over whole."""
+
+    def __init__(self, first: int) -> None:
+        self._next = first  # position in the sequence of the first token not counted yet
+        self._slots: dict[int, int] = {}
+        self._ids = array("q")
+        self._counts = array("f")
+
+    def update(self, token_ids: Seq[int]) -> None:
+        """Count what was appended since the last call."""
+        for position in range(self._next, len(token_ids)):
+            token_id = token_ids[position]
+            slot = self._slots.get(token_id)
+            if slot is None:
+                self._slots[token_id] = len(self._ids)
+                self._ids.append(token_id)
+                self._counts.append(1.0)
+            else:
+                self._counts[slot] += 1.0
+        self._next = len(token_ids)
+
+    def arrays(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """(distinct token ids, their counts), copied: views would keep the arrays from growing."""
+        return np.array(self._ids, dtype=np.int64), np.array(self._counts, dtype=np.float32)
+
+
+def needs_adjusting(params: SamplingParams) -> bool:
+    return params.has_penalties or bool(params.allowed_token_ids) or params.min_new_tokens > 1 or params.exponential_decay_length_penalty[1] != 1.0
+
+
+def adjust(logits: Tensor, sequences: list[Sequence], counts: dict[int, TokenCounts], eos_ids: Seq[int]) -> None:
+    """In place, for all rows at once.
+
+    logits     [num_seqs, vocab_size] fp32, contiguous
+    counts     row -> its sequence's counts, up to date; only rows with penalties
+    """
+    _penalize(logits, sequences, counts)
+    _lengthen(logits, sequences, eos_ids)
+    for row, sequence in enumerate(sequences):
+        if sequence.params.allowed_token_ids:
+            allowed = torch.tensor(sequence.params.allowed_token_ids, device=logits.device)
+            kept = logits[row, allowed]
+            logits[row] = -inf
+            logits[row, allowed] = kept
+
+
+def _penalize(logits: Tensor, sequences: list[Sequence], counts: dict[int, TokenCounts]) -> None:
+    if not counts:
+        return
+    vocab_size = logits.shape[1]
+    ids, numbers, lengths = [], [], []
+    for row, of_row in counts.items():
+        row_ids, row_counts = of_row.arrays()
+        ids.append(row_ids + row * vocab_size)
+        numbers.append(row_counts)
+        lengths.append(len(row_ids))
+    every = [sequences[row].params for row in counts]
+    per_row = np.array([(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in every], dtype=np.float32)
+    repetition, frequency, presence = (torch.from_numpy(column).to(logits.device) for column in np.repeat(per_row, lengths, axis=0).T.copy())
+    index = torch.from_numpy(np.concatenate(ids)).to(logits.device)
+    flat = logits.view(-1)
+    seen = flat[index]
+    seen = torch.where(seen > 0, seen / repetition, seen * repetition)
+    flat[index] = seen - frequency * torch.from_numpy(np.concatenate(numbers)).to(logits.device) - presence
+
+
+def _lengthen(logits: Tensor, sequences: list[Sequence], eos_ids: Seq[int]) -> None:
+    """EOS rises with the length, or is masked. The EOS token itself counts in min_new_tokens, as in LightLLM."""
+    risen: list[tuple[int, float]] = []
+    masked: list[int] = []
+    for row, sequence in enumerate(sequences):
+        params = sequence.params
+        start, factor = params.exponential_decay_length_penalty
+        if factor != 1.0 and sequence.num_output > start:
+            rise = exp(min((sequence.num_output - start) * log(factor), MAX_DECAY_EXPONENT)) - 1.0
+            risen += [(row * logits.shape[1] + eos, rise) for eos in eos_ids]
+        if sequence.num_output < params.min_new_tokens - 1 and not set(eos_ids).issuperset(params.allowed_token_ids or (-1,)):
+            masked += [row * logits.shape[1] + eos for eos in eos_ids]
+    flat = logits.view(-1)
+    if risen:
+        index = torch.tensor([where for where, _ in risen], device=logits.device)
+        flat[index] += flat[index].abs() * torch.tensor([rise for _, rise in risen], device=logits.device)
+    if masked:
+        flat[torch.tensor(masked, device=logits.device)] = -inf

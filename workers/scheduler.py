@@ -1,0 +1,382 @@
+"""Decide which sequences run next, and which pages they own. Knows counts, token ids and page ids; never a tensor, a socket or a clock.
+
+A sequence is admitted only when the projected peak, with every running sequence going on to its last token, fits the pool less
+what is pinned; cached pages count as free. So a pool normally never runs out in mid-decode; if it does, the youngest sequence
+gives its pages back and is computed again later. Order is first come, first served: the head of the queue is never overtaken.
+"""
+
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from math import inf, isfinite
+from typing import Literal
+
+from coordinator.errors import PagesExhausted
+from workers.batch import ForwardBatch
+from workers.engine_messages import Failed, Imported, Pinned, Prefilled, Stats, TokenRow, Tokens
+from workers.page_pool import PagePool
+from workers.radix_cache import RadixCache
+from workers.sequence import ImportSource, Sequence, State, num_pages_for
+
+Role = Literal["prefill", "decode", "both"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSettings:
+    """`chunk_size` bounds one sequence's prefill tokens in a step, `max_batch_tokens` all tokens of a step."""
+
+    role: Role = "both"
+    num_pages: int
+    page_size: int
+    chunk_size: int
+    max_batch_tokens: int
+    max_num_seqs: int
+    eos_ids: frozenset[int] = frozenset()
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        assert self.num_pages > 0 and self.page_size > 0 and self.chunk_size > 0 and self.max_num_seqs > 0
+        assert self.max_batch_tokens > self.max_num_seqs, "a step must hold every running sequence and at least one token of prefill"
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class PageCopy:
+    """Pages to fetch for one import. The destination pages stay taken until `finish_copy`, also when the sequence was cancelled."""
+
+    sequence: Sequence
+    source: ImportSource
+    src_pages: list[int]
+    dst_pages: list[int]
+    num_tokens: int
+    is_cancelled: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Step:
+    """One forward pass: how many tokens each sequence runs, and those whose next token is drawn, in the order of the logit rows."""
+
+    chunks: dict[Sequence, int] = field(default_factory=dict)
+    sampled: list[Sequence] = field(default_factory=list)
+    copies: list[PageCopy] = field(default_factory=list)
+    imported: list[Imported] = field(default_factory=list)
+
+
+class Scheduler:
+    """Call `schedule`, run the step, call `complete`; add, cancel and the rest in between."""
+
+    def __init__(self, settings: SchedulerSettings) -> None:
+        self.settings = settings
+        self.pool = PagePool(settings.num_pages)
+        self.cache = RadixCache(self.pool, settings.page_size, enabled=settings.prefix_cache)
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: deque[Sequence] = deque()
+        self._active: list[Sequence] = []    # RUNNING, IMPORTING and IMPORTED, oldest first
+        self._copies: list[PageCopy] = []
+        self._may_admit = False              # something changed since the head of the queue was last found not to fit
+
+    # ---- commands ----
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue it. Raises PagesExhausted if the whole pool could not hold it. A job id that is known starts anew."""
+        needed = sequence.num_max_pages(self.settings.page_size)
+        if needed > self.settings.num_pages:
+            raise PagesExhausted(needed, self.settings.num_pages)
+        self.cancel(sequence.job_id)
+        self._sequences[sequence.job_id] = sequence
+        self._waiting.append(sequence)
+        self._may_admit = True
+
+    def activate(self, job_id: str) -> bool:
+        """Start decoding an imported sequence: its pages are proven, so the prefix tree may have them. False if there is none."""
+        sequence = self._sequences.get(job_id)
+        if sequence is None or sequence.state is not State.IMPORTED or sequence.source is None:
+            return False
+        sequence.state = State.RUNNING
+        sequence.num_computed = sequence.source.num_tokens
+        sequence.source = None
+        self._share(sequence)
+        return True
+
+    def cancel(self, job_id: str) -> bool:
+        """Free all that it holds, at any stage. False if it is unknown."""
+        sequence = self._sequences.pop(job_id, None)
+        if sequence is None:
+            return False
+        copy = next((copy for copy in self._copies if copy.sequence is sequence), None)
+        if sequence.state is State.WAITING:
+            self._waiting.remove(sequence)
+        elif sequence.state is State.PINNED:
+            self.pool.unpin(sequence.generation)
+        else:
+            self._active.remove(sequence)
+        if copy is not None:
+            copy.is_cancelled = True  # a thread is writing into these pages: finish_copy frees them
+        else:
+            self._free(sequence)
+        sequence.state = State.FINISHED
+        return True
+
+    def release_pin(self, job_id: str) -> bool:
+        """The reader is done: the pages stay in the prefix tree only. False if nothing is pinned under this id."""
+        sequence = self._sequences.get(job_id)
+        return sequence is not None and sequence.state is State.PINNED and self.cancel(job_id)
+
+    def finish_copy(self, copy: PageCopy, error: str = "") -> Imported | None:
+        """The copy ended. Returns what to tell the other side: nothing if the sequence was cancelled meanwhile."""
+        self._copies.remove(copy)
+        sequence = copy.sequence
+        if copy.is_cancelled:
+            self._free(sequence)
+            return None
+        if error:
+            self.cancel(sequence.job_id)
+            return Imported(job_id=sequence.job_id, ok=False, error=error)
+        sequence.state = State.IMPORTED
+        return Imported(job_id=sequence.job_id, ok=True)
+
+    # ---- the step ----
+
+    def schedule(self) -> Step:
+        """The next step: all decodes, then prefill in order of arrival. Its `chunks` are empty when there is nothing to run."""
+        step = Step()
+        self._take_decodes(step)
+        self._take_prefills(step)
+        self._admit(step)
+        step.sampled = [sequence for sequence, count in step.chunks.items() if count == sequence.num_pending]
+        return step
+
+    def batch(self, step: Step) -> ForwardBatch:
+        """The step as the flat lists that the model runs on."""
+        size = self.settings.page_size
+        batch = ForwardBatch(token_ids=[], positions=[], slot_mapping=[], query_lens=[], seq_lens=[], page_tables=[], logit_rows=[])
+        for sequence, count in step.chunks.items():
+            start, end, pages = sequence.num_computed, sequence.num_computed + count, sequence.page_table
+            batch.token_ids += sequence.token_ids[start:end]
+            batch.positions += range(start, end)
+            batch.slot_mapping += [pages[position // size] * size + position % size for position in range(start, end)]
+            batch.query_lens.append(count)
+            batch.seq_lens.append(end)
+            batch.page_tables.append(pages)
+            if end == len(sequence.token_ids):
+                batch.logit_rows.append(len(batch.token_ids) - 1)
+        return batch
+
+    def complete(self, step: Step, token_ids: Seq[int], logprobs: Seq[float]) -> list[Tokens | Pinned | Failed]:
+        """Take in the tokens drawn for `step.sampled`; returns the events in the order in which they are to be sent."""
+        prefilled: list[Prefilled] = []
+        for sequence, count in step.chunks.items():
+            sequence.num_computed += count
+            if count > 1 or not sequence.is_prefill_reported:
+                self._share(sequence)
+            if not sequence.num_pending and not sequence.is_prefill_reported:
+                sequence.is_prefill_reported = True
+                prefilled.append(Prefilled(sequence.job_id, sequence.num_cached_tokens))
+        rows: list[TokenRow] = []
+        after: list[Pinned | Failed] = []
+        for sequence, token_id, logprob in zip(step.sampled, token_ids, logprobs, strict=True):
+            if not isfinite(logprob):
+                self.cancel(sequence.job_id)
+                after.append(Failed(job_id=sequence.job_id, error=f"the model gave no number for the next token (log probability {logprob})"))
+                continue
+            sequence.token_ids.append(token_id)
+            finish = sequence.finish_reason(self.settings.eos_ids)
+            rows.append(TokenRow(sequence.job_id, sequence.num_output - 1, token_id, logprob, finish))
+            if finish:
+                self.cancel(sequence.job_id)
+            elif self.settings.role == "prefill":
+                after.append(self._pin(sequence))
+        return [*([Tokens(rows=tuple(rows), prefilled=tuple(prefilled))] if rows or prefilled else []), *after]
+
+    # ---- views ----
+
+    @property
+    def num_live(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def num_held_pages(self) -> int:
+        return self.settings.num_pages - self.pool.num_free - self.cache.num_evictable
+
+    def stats(self) -> Stats:
+        size, states = self.settings.page_size, [sequence.state for sequence in self._sequences.values()]
+        promised = sum(self._growth(sequence) for sequence in (*self._active, *self._waiting))
+        return Stats(
+            free_pages=self.pool.num_free, total_pages=self.settings.num_pages, cached_pages=self.cache.num_evictable,
+            held_pages=self.num_held_pages, pinned=states.count(State.PINNED), running=states.count(State.RUNNING),
+            waiting=states.count(State.WAITING), importing=states.count(State.IMPORTING) + states.count(State.IMPORTED),
+            free_tokens=max(0, self.settings.num_pages - self.num_held_pages - promised) * size)
+
+    def check_integrity(self) -> None:
+        """free + owned + cached + pinned pages must be all pages, each counted by who refers to it."""
+        cancelled = [copy.sequence for copy in self._copies if copy.is_cancelled]
+        holders = [*self._sequences.values(), *cancelled]
+        self.pool.check_integrity([*(sequence.page_table for sequence in holders), self.cache.pages()])
+        self.cache.check_integrity()
+        assert self.pool.num_pins == sum(sequence.state is State.PINNED for sequence in holders)
+        assert len(self._active) <= self.settings.max_num_seqs
+        for sequence in holders:
+            assert [node.page for node in sequence.path] == sequence.page_table[:len(sequence.path)]
+            assert len(sequence.page_table) * self.settings.page_size >= sequence.num_computed
+            assert sequence.page_table or sequence.state in (State.WAITING, State.FINISHED)
+
+    # ---- which sequences ----
+
+    def _take_decodes(self, step: Step) -> None:
+        for sequence in list(self._active):
+            if sequence.state is State.RUNNING and sequence.num_pending == 1 and self._reserve(sequence, 1, step):
+                step.chunks[sequence] = 1
+
+    def _take_prefills(self, step: Step) -> None:
+        for sequence in list(self._active):
+            if sequence.state is State.RUNNING and sequence.num_pending > 1:
+                count = min(sequence.num_pending, self.settings.chunk_size, self._budget(step))
+                if count > 0 and self._reserve(sequence, count, step):
+                    step.chunks[sequence] = count
+
+    def _admit(self, step: Step) -> None:
+        while self._waiting and self._may_admit and len(self._active) < self.settings.max_num_seqs:
+            sequence = self._waiting[0]
+            if sequence.source is None and self._budget(step) <= 0:
+                return
+            limit = sequence.source.num_tokens if sequence.source else len(sequence.token_ids) - 1
+            sequence.path = self.cache.match(sequence.token_ids, limit)
+            if not self._fits(sequence):
+                self.cache.unlock(sequence.path)
+                self._may_admit = False
+                return
+            self._waiting.popleft()
+            self._active.append(sequence)
+            sequence.page_table = [node.page for node in sequence.path]
+            self.pool.retain(sequence.page_table)
+            self.cache.count_lookup(limit, len(sequence.path) * self.settings.page_size)
+            if sequence.source:
+                self._start_import(sequence, sequence.source, step)
+            else:
+                self._start_prefill(sequence, step)
+
+    def _start_prefill(self, sequence: Sequence, step: Step) -> None:
+        sequence.state = State.RUNNING
+        sequence.num_computed = len(sequence.path) * self.settings.page_size
+        if not sequence.is_prefill_reported:
+            sequence.num_cached_tokens = min(sequence.num_computed, sequence.num_prompt)
+        count = min(sequence.num_pending, self.settings.chunk_size, self._budget(step))
+        if self._reserve(sequence, count, step):
+            step.chunks[sequence] = count
+
+    def _start_import(self, sequence: Sequence, source: ImportSource, step: Step) -> None:
+        sequence.is_prefill_reported = True
+        matched, wanted = len(sequence.path), len(source.page_ids)
+        if matched == wanted:
+            sequence.state = State.IMPORTED
+            step.imported.append(Imported(job_id=sequence.job_id, ok=True))
+            return
+        sequence.state = State.IMPORTING
+        sequence.page_table += self._allocate(sequence, wanted - matched)
+        copy = PageCopy(sequence=sequence, source=source, src_pages=list(source.page_ids[matched:]), dst_pages=sequence.page_table[matched:],
+                        num_tokens=source.num_tokens - matched * self.settings.page_size)
+        self._copies.append(copy)
+        step.copies.append(copy)
+
+    def _budget(self, step: Step) -> int:
+        return self.settings.max_batch_tokens - sum(step.chunks.values())
+
+    # ---- which pages ----
+
+    def _fits(self, candidate: Sequence) -> bool:
+        """Whether the pool suffices at every moment from now on, if the candidate (its path matched and locked) joins.
+
+        Looked at just before each sequence's end: those that run on have grown by as many tokens, those that ended before it
+        have given back what only they used. Ends are late (prefill counted), growth is early, so the estimate is on the safe side.
+        """
+        sequences = [*self._active, candidate]
+        total, held = self.settings.num_pages, self.num_held_pages
+        growth = {sequence: self._growth(sequence) for sequence in sequences}
+        if held + sum(growth.values()) <= total:
+            return True
+        ends = self._ends(sequences)
+        own = {sequence: self._num_own_pages(sequence) if ends[sequence] < inf else 0 for sequence in sequences}
+        by_end = sorted(sequences, key=ends.__getitem__, reverse=True)
+        gone = sum(own.values())
+        grown = num_tokens = num_pages = 0
+        for count, sequence in enumerate(by_end, start=1):
+            end = ends[sequence]
+            grown += growth[sequence]
+            num_tokens += len(sequence.token_ids)
+            num_pages += self._num_pages(sequence)
+            gone -= own[sequence]
+            if count < len(by_end) and ends[by_end[count]] == end:
+                continue
+            by_then = grown if end == inf else min(grown, int(num_tokens + count * end) // self.settings.page_size + count - num_pages)
+            if held + by_then - gone > total:
+                return False
+        return True
+
+    def _ends(self, sequences: list[Sequence]) -> dict[Sequence, float]:
+        """In how many steps each will have ended, at the latest; never, for one that waits to be activated or will be pinned."""
+        ends: dict[Sequence, float] = {}
+        num_prefill_tokens = 0
+        per_step = min(self.settings.chunk_size, self.settings.max_batch_tokens - self.settings.max_num_seqs)
+        for sequence in sequences:
+            if self.settings.role == "prefill" or sequence.source is not None:
+                ends[sequence] = inf
+                continue
+            num_prefill_tokens += sequence.num_pending - 1
+            ends[sequence] = sequence.num_remaining + num_prefill_tokens // per_step + 1
+        return ends
+
+    def _growth(self, sequence: Sequence) -> int:
+        """Pages that it may still take."""
+        return sequence.num_max_pages(self.settings.page_size) - self._num_pages(sequence)
+
+    def _num_pages(self, sequence: Sequence) -> int:
+        return len(sequence.page_table) or len(sequence.path)
+
+    def _num_own_pages(self, sequence: Sequence) -> int:
+        """Pages that no other sequence uses: its end makes them free or evictable."""
+        return self._num_pages(sequence) - sum(node.locks > 1 for node in sequence.path)
+
+    def _reserve(self, sequence: Sequence, num_tokens: int, step: Step) -> bool:
+        """Own pages for its next `num_tokens`. False if it had to be preempted itself."""
+        missing = num_pages_for(sequence.num_computed + num_tokens, self.settings.page_size) - len(sequence.page_table)
+        if missing <= 0:
+            return True
+        while self.pool.num_free + self.cache.num_evictable < missing:
+            victim = next(other for other in reversed(self._active) if other.state is State.RUNNING)
+            self._preempt(victim)
+            step.chunks.pop(victim, None)
+            if victim is sequence:
+                return False
+        sequence.page_table += self._allocate(sequence, missing)
+        return True
+
+    def _allocate(self, sequence: Sequence, count: int) -> list[int]:
+        self.cache.evict(count - self.pool.num_free)
+        last = sequence.page_table[-1] if sequence.page_table else None
+        return self.pool.allocate(count, after=last, expected=self._growth(sequence))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._active.remove(sequence)
+        self._free(sequence)
+        sequence.state = State.WAITING
+        sequence.num_computed = 0
+        self._waiting.appendleft(sequence)
+
+    def _share(self, sequence: Sequence) -> None:
+        """Let others find its full pages while it runs."""
+        self.cache.insert(sequence.path, sequence.token_ids, sequence.page_table, sequence.num_computed)
+
+    def _pin(self, sequence: Sequence) -> Pinned:
+        self._active.remove(sequence)
+        sequence.state = State.PINNED
+        sequence.generation = self.pool.pin(sequence.page_table)
+        self._may_admit = True
+        return Pinned(job_id=sequence.job_id, generation=sequence.generation, num_tokens=sequence.num_computed,
+                      page_ids=tuple(sequence.page_table))
+
+    def _free(self, sequence: Sequence) -> None:
+        """Give all pages back; what is computed stays findable until it is evicted."""
+        self._share(sequence)
+        self.cache.unlock(sequence.path)
+        self.pool.release(sequence.page_table)
+        sequence.page_table = []
+        self._may_admit = True

@@ -1,0 +1,36 @@
+"""Settings of a worker, one section per receiver. Flags map onto them in workers/worker.py; nothing else reads flags or the environment."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What the engine process needs. 0 means: choose by device and free memory."""
+
+    model_dir: str
+    model_name: str
+    role: str                        # prefill, decode or both
+    device: str = "cpu"
+    dtype: str = "auto"              # auto: float32 on CPU, the checkpoint's on GPU
+    page_size: int = 0
+    max_total_token_num: int = 0     # tokens that the KV pool holds
+    mem_fraction: float = 0.9        # of the free memory, when max_total_token_num is 0
+    max_req_total_len: int = 16384   # prompt + output of one sequence
+    running_max_req_size: int = 0    # sequences running at once
+    chunked_prefill_size: int = 0    # tokens of one prefill step
+    load_workers: int = 1
+    num_threads: int = 0             # CPU threads for the math
+    use_prefix_cache: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """What the I/O process needs."""
+
+    nats_url: str
+    redis_url: str
+    worker_id: str
+    engine: EngineSettings
+    drain_timeout_s: float = 30.0
+    max_queued: int = 10_000         # jobs per class before producers get 429
+    lease_s: float = 5.0

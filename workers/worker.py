@@ -1,0 +1,187 @@
+"""A worker's I/O process: joins the engine to the queue. `python -m workers.worker --role prefill|decode|both …`
+
+Everything here is asyncio and short; the math runs in the engine process (workers/engine.py), so nothing blocks leases and beats.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+
+from coordinator import lifeline
+from coordinator.bus import Bus
+from coordinator.errors import TokenmillError, Unavailable
+from coordinator.store import Store
+from coordinator.subjects import model_token
+from coordinator.tokenizer import Tokenizer
+from workers.engine_link import EngineLink
+from workers.engine_messages import Event, Progress, Ready, Stats
+from workers.incarnation import Incarnation
+from workers.load_progress import LoadProgress
+from workers.settings import EngineSettings, WorkerSettings
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 1.0
+NO_STATS = Stats(free_pages=0, total_pages=0, cached_pages=0, held_pages=0, pinned=0, running=0, waiting=0, importing=0, free_tokens=1)
+
+
+class Worker:
+    """An engine and its successive incarnations. `run` returns the process' exit status."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._stopping = asyncio.Event()
+        self._failure = ""
+        self._stats = NO_STATS
+        self._incarnation: Incarnation | None = None
+
+    def stop(self) -> None:
+        """Finish or hand back what is here, then leave."""
+        self._stopping.set()
+
+    async def run(self) -> int:
+        settings = self._settings
+        engine = await EngineLink.start(settings.engine)
+        pump: asyncio.Task[None] | None = None
+        try:
+            events = engine.events()
+            ready = await self._load(engine, events)
+            tokenizer = await asyncio.to_thread(Tokenizer.from_dir, settings.engine.model_dir)
+            pump = asyncio.create_task(self._pump(events))
+            bus = await Bus.connect(settings.nats_url, name=settings.worker_id, on_fatal=lambda error: self._fail(f"NATS: {error}"))
+            store = Store(settings.redis_url, lease_s=settings.lease_s)
+            await self._until_provisioned(bus, store)
+            while not self._stopping.is_set():
+                await self._live(Incarnation(settings, ready, self._stats, engine, tokenizer, bus, store), ready)
+            await bus.close()
+            await store.close()
+        finally:
+            if pump is not None:
+                pump.cancel()
+            status = await engine.stop()
+        if self._failure:
+            log.error("%s", self._failure)
+            return 1
+        return status
+
+    async def _load(self, engine: EngineLink, events: AsyncIterator[Event]) -> Ready:
+        with LoadProgress(self._settings.engine.model_dir) as bar:
+            async for event in events:
+                if isinstance(event, Progress):
+                    bar.update(event.loaded_bytes, event.total_bytes)
+                elif isinstance(event, Ready):
+                    return event
+        raise TokenmillError(f"the engine ended while loading (status {await asyncio.to_thread(engine.process.wait)})")
+
+    async def _until_provisioned(self, bus: Bus, store: Store) -> None:
+        while not self._stopping.is_set():
+            try:
+                if await bus.provision(model_token(self._settings.engine.model_name), max_queued=self._settings.max_queued):
+                    await store.found()
+                return
+            except Unavailable as error:
+                log.warning("waiting for NATS and Redis: %s", error)
+                await asyncio.sleep(RETRY_S)
+
+    async def _live(self, life: Incarnation, ready: Ready) -> None:
+        """One incarnation from registration to retirement."""
+        try:
+            await life.start()
+        except Unavailable as error:
+            log.warning("not registered: %s", error)
+            await asyncio.sleep(RETRY_S)
+            return
+        self._incarnation = life
+        print(f"{life.me.role} worker {life.me.owner} ready: {self._settings.engine.model_name}, {ready.max_total_tokens} KV tokens",
+              file=sys.stderr, flush=True)
+        endings = [asyncio.create_task(self._stopping.wait()), asyncio.create_task(life.over.wait())]
+        await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
+        for task in endings:
+            task.cancel()
+        await life.stop_pulling()
+        if not self._failure and not life.over.is_set():
+            await life.drain(self._settings.drain_timeout_s)
+        await life.leave()
+
+    async def _pump(self, events: AsyncIterator[Event]) -> None:
+        async for event in events:
+            if isinstance(event, Stats):
+                self._stats = event
+            if self._incarnation is not None:
+                self._incarnation.on_event(event)
+        self._fail("the engine process ended")
+
+    def _fail(self, why: str) -> None:
+        self._failure = self._failure or why
+        self._stopping.set()
+
+
+def _parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
+    parser = argparse.ArgumentParser(prog="workers.worker", description="One worker: an I/O process and its engine.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--role", choices=["prefill", "decode", "both"], default="both")
+    add("--nats_url", required=True)
+    add("--redis_url", required=True)
+    add("--model_dir", required=True)
+    add("--model_name", default="default_model_name")
+    add("--worker_id", default="")
+    add("--device", default="auto")
+    add("--data_type", default="auto")
+    add("--page_size", type=int, default=0)
+    add("--max_total_token_num", type=int, default=0)
+    add("--mem_fraction", type=float, default=0.0)
+    add("--max_req_total_len", type=int, default=16384)
+    add("--running_max_req_size", type=int, default=0)
+    add("--chunked_prefill_size", type=int, default=0)
+    add("--num_threads", type=int, default=0)
+    add("--load_workers", type=int, default=1)
+    add("--disable_dynamic_prompt_cache", action="store_true")
+    add("--max_queued", type=int, default=10_000)
+    add("--drain_timeout", type=float, default=30.0)
+    add("--log_level", default="warning")
+    flags = parser.parse_args(argv)
+    dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    engine = EngineSettings(
+        model_dir=flags.model_dir, model_name=flags.model_name, role=flags.role, device=flags.device,
+        dtype=dtypes.get(flags.data_type, flags.data_type), page_size=flags.page_size, max_total_token_num=flags.max_total_token_num,
+        mem_fraction=flags.mem_fraction, max_req_total_len=flags.max_req_total_len, running_max_req_size=flags.running_max_req_size,
+        chunked_prefill_size=flags.chunked_prefill_size, load_workers=flags.load_workers, num_threads=flags.num_threads,
+        use_prefix_cache=not flags.disable_dynamic_prompt_cache)
+    worker_id = flags.worker_id or f"{flags.role}-{os.getpid()}"
+    return WorkerSettings(nats_url=flags.nats_url, redis_url=flags.redis_url, worker_id=worker_id, engine=engine,
+                          drain_timeout_s=flags.drain_timeout, max_queued=flags.max_queued), flags.log_level
+
+
+async def _run(settings: WorkerSettings) -> int:
+    worker = Worker(settings)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, worker.stop)
+    return await worker.run()
+
+
+def main(argv: list[str] | None = None) -> int:
+    lifeline.hold_on()
+    settings, level = _parse(argv)
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(_guarded(settings))
+    return uvloop.run(_guarded(settings))
+
+
+async def _guarded(settings: WorkerSettings) -> int:
+    try:
+        return await _run(settings)
+    except TokenmillError as error:
+        print(f"worker {settings.worker_id}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
