@@ -102,6 +102,11 @@ class Bus(Connection):
     async def term(self, ack_subject: str, reason: str = "") -> None:
         await pull.term(self, ack_subject, reason)
 
+    async def last_job_seq(self) -> int:
+        """Stream sequence of the youngest job."""
+        info = await self.retry(lambda attempt_s: self.api(f"STREAM.INFO.{subjects.JOBS}", timeout_s=attempt_s), READ_DEADLINE_S, "state of JOBS")
+        return int(info["state"]["last_seq"])
+
     async def counters(self, model: str) -> Counters:
         jobs = {klass: await self._consumer_info(subjects.JOBS, subjects.jobs_consumer(model, klass)) for klass in CLASSES}
         handoff = await self._consumer_info(subjects.HANDOFF, subjects.handoff_consumer(model))

@@ -122,7 +122,7 @@ class NatsServer(_Server):
         for stale in self.folder.glob("*.ports"):
             stale.unlink()
         config = self.folder / "nats.conf"
-        config.write_text(self._config(server_name))
+        config.write_text(self._config(server_name), encoding="utf-8")
         process = self._run([str(server_binaries.nats_server().path), "-c", str(config)])
         if self.port == 0:
             self._wait_until(lambda: self._read_port(process.pid))
@@ -134,7 +134,7 @@ class NatsServer(_Server):
                     "ports_file_dir": str(self.folder), "jetstream": {"store_dir": str(self.folder)}}
         if self._monitor_port is not None:
             settings["http"] = f"{HOST}:{self._monitor_port or -1}"
-        return json.dumps(settings, indent=2)
+        return json.dumps(settings, indent=2, ensure_ascii=False)   # NATS reads JSON, but no \u escapes
 
     def _read_port(self, pid: int) -> bool:
         try:
@@ -156,7 +156,7 @@ class ValkeyServer(_Server):
             if picks_port:
                 self.port = _free_port()
             config = self.folder / "valkey.conf"
-            config.write_text(self._config())
+            config.write_text(self._config(), encoding="utf-8")
             process = self._run([str(server_binaries.redis_server().path), str(config)])
             try:
                 self._wait_until(lambda pid=process.pid: f"process_id:{pid}\r".encode() in self._ask(b"INFO server\r\nQUIT\r\n", b"+OK"))  # type: ignore[misc]
@@ -168,7 +168,7 @@ class ValkeyServer(_Server):
 
     def _config(self) -> str:
         return "\n".join([
-            f"bind {HOST}", f"port {self.port}", f"dir {json.dumps(str(self.folder))}", "daemonize no",
+            f"bind {HOST}", f"port {self.port}", f"dir {json.dumps(str(self.folder), ensure_ascii=False)}", "daemonize no",
             'save ""', "appendonly yes", "appendfsync everysec", "maxmemory-policy noeviction", ""])
 
 

@@ -17,6 +17,7 @@ class Shown:
     emitters: list[str] = field(default_factory=list)
     finish: Finish | None = None
     epoch: int = 0
+    has_gap: bool = False       # later runs are stored, but not the next one: its frame has aged out
 
     def add(self, owner: str, run: TokenRun) -> bool:
         """Take what is new of `run`. False when it starts past the end: an earlier run is still missing, nothing was taken."""
@@ -49,5 +50,6 @@ def fold(runs: Iterable[tuple[str, TokenRun]]) -> Shown:
     for subject, run in sorted(runs, key=lambda pair: (pair[1].first_index, pair[1].finish is not None, pair[1].epoch)):
         _, worker, incarnation = chain_parts(subject)
         if not shown.add(f"{worker}.{incarnation}", run):
+            shown.has_gap = True
             break
     return shown

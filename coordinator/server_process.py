@@ -56,7 +56,8 @@ class GuardedProcess:
 
     def poll(self) -> int | None:
         """The exit code (128 + n for signal n), or None while the server runs."""
-        return self._guard.poll()
+        code = self._guard.poll()
+        return code if code is None else _shell_code(code)
 
     def stop(self) -> None:
         """Ask for a clean stop, wait for it; killed after the grace."""
@@ -101,4 +102,9 @@ class GuardedProcess:
     def _report_exit(self) -> None:
         code = self._guard.wait()
         if not self._asked and self._on_exit is not None:
-            self._on_exit(code)
+            self._on_exit(_shell_code(code))
+
+
+def _shell_code(code: int) -> int:
+    """The guard itself may have been killed; the server died with it."""
+    return code if code >= 0 else 128 - code

@@ -1,12 +1,12 @@
 """Who is alive and who owns which job: the only module that speaks Redis.
 
-Every change is one Lua script, atomic and fenced by (epoch, incarnation); the rules are docs/protocol.md. All keys share one hash
-tag, so that they live in one slot of a cluster. Time is the server's (TIME), never a client's clock.
+Every change is one Lua script, atomic and fenced by (epoch, owner); docs/protocol.md has the rules and what each field is for. All keys
+share one hash tag, so that they live in one slot of a cluster. Time is the server's (TIME), never a client's clock.
 
-    {tokenmill}:meta            hash   run (the server process that wrote last), grace_until, incarnation, nonce
+    {tokenmill}:meta            hash   run, era, grace_until, jobs_floor, incarnation
     {tokenmill}:leases          hash   "worker.incarnation" -> expiry, ms
     {tokenmill}:workers         hash   "worker.incarnation" -> msgpack of what the worker says of itself
-    {tokenmill}:job:<id>        hash   state, epoch, owner, ack, origin, model, chains, unfenced, taken, cancelled
+    {tokenmill}:job:<id>        hash   state, epoch, owner, era, is_swept, chains, unfenced, ack, origin, model, cancelled, taken
     {tokenmill}:owned:<owner>   set    job ids, so that a dead owner's jobs are found
 """
 
@@ -32,17 +32,23 @@ JOB_TTL_S = 24 * 3600
 DONE_TTL_S = 3600
 SOCKET_TIMEOUT_S = 1.0
 
-# Shared head of every script: the server's clock, and the grace after a Redis that came back empty or from an older file.
-# Nobody claims before one full lease has passed then, so that owners can say again what they own.
+# Head of every script: the server's clock, and the era. Another server process (restart, failover, restore) or missing meta data means
+# that anything may have been lost: a new era begins, in whose first lease (grace) living owners say again what they own.
 _HEAD = """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local meta, leases = KEYS[1], KEYS[2]
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
-if redis.call('HGET', meta, 'run') ~= run then
-  redis.call('HSET', meta, 'run', run, 'grace_until', now + tonumber(ARGV[1]))
+local m = redis.call('HMGET', meta, 'run', 'era', 'grace_until', 'jobs_floor')
+local era, grace_until, floor = m[2], tonumber(m[3] or '0'), m[4]
+if m[1] ~= run then
+  era, grace_until, floor = run .. ':' .. string.format('%.0f', now), now + tonumber(ARGV[1]), false
+  redis.call('HSET', meta, 'run', run, 'era', era, 'grace_until', string.format('%.0f', grace_until))
+  redis.call('HDEL', meta, 'jobs_floor')
+  redis.call('DEL', leases)
 end
-local function alive(owner)
+local function int(n) return string.format('%.0f', n) end
+local function lives(owner)
   local expiry = redis.call('HGET', leases, owner)
   return expiry and tonumber(expiry) > now
 end
@@ -62,160 +68,181 @@ local function without(text, word)
 end
 """
 
-# KEYS: meta leases. ARGV: lease_ms. A brand-new farm (its JOBS stream was made just now) has no former owners: no grace.
+# ARGV: lease_ms. A brand-new farm (its JOBS stream was made just now) has no former owners: no grace, and every job is younger than the era.
 _FOUND = """
-redis.call('HSET', meta, 'run', run, 'grace_until', 0)
+redis.call('HSET', meta, 'grace_until', 0, 'jobs_floor', 0)
 return 1
 """
 
-# KEYS: meta leases workers. ARGV: lease_ms worker info. Incarnations only grow, also over an emptied Redis.
+# ARGV: lease_ms era seq
+_FLOOR = """
+if era == ARGV[2] and not floor then redis.call('HSET', meta, 'jobs_floor', ARGV[3]) end
+return 1
+"""
+
+# KEYS: .. workers. ARGV: lease_ms worker info
 _REGISTER = """
-local last = tonumber(redis.call('HGET', meta, 'incarnation') or '0')
-local incarnation = math.max(now, last + 1)
-local owner = ARGV[2] .. '.' .. string.format('%.0f', incarnation)
-redis.call('HSET', meta, 'incarnation', string.format('%.0f', incarnation))
-redis.call('HSET', leases, owner, string.format('%.0f', now + tonumber(ARGV[1])))
+local incarnation = math.max(tonumber(redis.call('HGET', meta, 'incarnation') or '0') + 1, now)
+local owner = ARGV[2] .. '.' .. int(incarnation)
+redis.call('HSET', meta, 'incarnation', int(incarnation))
+redis.call('HSET', leases, owner, int(now + tonumber(ARGV[1])))
 redis.call('HSET', KEYS[3], owner, ARGV[3])
-return string.format('%.0f', incarnation)
+return {int(incarnation), floor and '' or era}
 """
 
-# KEYS: meta leases workers. ARGV: lease_ms owner info. 0: the lease is not there any more (lapsed and reaped, or Redis was emptied).
+# KEYS: .. workers. ARGV: lease_ms owner info
 _RENEW = """
-if redis.call('HEXISTS', leases, ARGV[2]) == 0 then return {0, run} end
-redis.call('HSET', leases, ARGV[2], string.format('%.0f', now + tonumber(ARGV[1])))
-redis.call('HSET', KEYS[3], ARGV[2], ARGV[3])
-return {1, run}
+if redis.call('HEXISTS', leases, ARGV[2]) == 1 then
+  redis.call('HSET', leases, ARGV[2], int(now + tonumber(ARGV[1])))
+  redis.call('HSET', KEYS[3], ARGV[2], ARGV[3])
+  return 'ok'
+end
+return now < grace_until and 'assert' or 'over'
 """
 
-# KEYS: meta leases job owned. ARGV: lease_ms owner job ack origin model epoch_seen job_ttl
-# An owner that claims its own job again (the reply to its first claim was lost) gets it, under a new epoch.
+# KEYS: .. job owned. ARGV: lease_ms owner job ack origin model seq ttl roster_era roster
 _CLAIM = """
-local me, job = ARGV[2], KEYS[3]
-if not alive(me) then return {'lapsed'} end
-local grace = tonumber(redis.call('HGET', meta, 'grace_until') or '0') - now
-local f = redis.call('HMGET', job, 'state', 'epoch', 'owner', 'chains', 'unfenced', 'cancelled', 'taken')
-local state, owner = f[1], f[3] or ''
-if state == 'done' then return {'done'} end
-if owner ~= '' and owner ~= me and alive(owner) then return {'owned', owner} end
-if grace > 0 then return {'wait', tostring(grace)} end
-local epoch = math.max(tonumber(f[2] or '0'), tonumber(ARGV[7])) + 1
-local unfenced = f[5] or ''
-local taken = tonumber(f[7] or '0')
-if owner ~= '' and owner ~= me then
+local me, id, job = ARGV[2], ARGV[3], KEYS[3]
+if not lives(me) then return {'lapsed'} end
+local need_floor = floor and '' or era
+local f = redis.call('HMGET', job, 'state', 'epoch', 'owner', 'era', 'is_swept', 'chains', 'unfenced', 'cancelled', 'taken')
+local owner, chains, unfenced, taken, is_swept = '', '', '', 0, false
+if f[4] == era then
+  if f[1] == 'done' then return {'done'} end
+  owner, chains, unfenced, taken, is_swept = f[3] or '', f[6] or '', f[7] or '', tonumber(f[9] or '0'), f[5] == '1'
+  if owner ~= '' and owner ~= me and lives(owner) then return {'owned', owner} end
+elseif floor and tonumber(ARGV[7]) > tonumber(floor) then
+  is_swept = true
+end
+local must_condemn = owner ~= '' and owner ~= me
+if (must_condemn or not is_swept) and now < grace_until then return {'wait', int(grace_until - now), need_floor} end
+if not is_swept then
+  if ARGV[9] ~= era then return {'need_roster', era, need_floor} end
+  for _, o in ipairs(words(ARGV[10])) do
+    if o ~= me and not lives(o) then unfenced = with(unfenced, o) end
+    chains = with(chains, o)
+  end
+end
+if must_condemn then
+  redis.call('HDEL', leases, owner)
+  redis.call('SREM', '{tokenmill}:owned:' .. owner, id)
   unfenced = with(unfenced, owner)
   taken = taken + 1
-  redis.call('SREM', '{tokenmill}:owned:' .. owner, ARGV[3])
 end
-local chains = f[4] or ''
-redis.call('HSET', job, 'state', 'owned', 'epoch', epoch, 'owner', me, 'ack', ARGV[4], 'origin', ARGV[5], 'model', ARGV[6],
-  'chains', with(chains, me), 'unfenced', unfenced, 'taken', taken)
+unfenced = without(unfenced, me)
+local epoch = math.max(tonumber(f[2] or '0') + 1, now)
+redis.call('HSET', job, 'state', 'owned', 'epoch', int(epoch), 'owner', me, 'era', era, 'is_swept', '1', 'chains', with(chains, me),
+  'unfenced', unfenced, 'ack', ARGV[4], 'origin', ARGV[5], 'model', ARGV[6], 'taken', taken)
 redis.call('EXPIRE', job, ARGV[8])
-redis.call('SADD', KEYS[4], ARGV[3])
-return {'granted', tostring(epoch), chains, unfenced, f[6] or '', tostring(taken), owner}
+redis.call('SADD', KEYS[4], id)
+return {'granted', int(epoch), without(chains, me), unfenced, f[8] or '', tostring(taken), need_floor}
 """
 
-# KEYS: meta leases job. ARGV: lease_ms owner epoch fenced_owner
+# KEYS: .. job. ARGV: lease_ms fenced_owner. A tombstone is a fact for ever: no question who says so.
 _FENCED = """
-local f = redis.call('HMGET', KEYS[3], 'owner', 'epoch', 'unfenced')
-if f[1] ~= ARGV[2] or f[2] ~= ARGV[3] then return 0 end
-redis.call('HSET', KEYS[3], 'unfenced', without(f[3], ARGV[4]))
+local unfenced = redis.call('HGET', KEYS[3], 'unfenced')
+if unfenced then redis.call('HSET', KEYS[3], 'unfenced', without(unfenced, ARGV[2])) end
 return 1
 """
 
-# KEYS: meta leases job owned_giver owned_taker. ARGV: lease_ms giver epoch taker job
+# KEYS: .. job owned_giver owned_taker. ARGV: lease_ms giver epoch taker job
 _TAKE = """
-local f = redis.call('HMGET', KEYS[3], 'owner', 'epoch', 'state', 'chains', 'cancelled')
-if f[1] == ARGV[4] and f[2] == ARGV[3] then return {'taken', f[5] or ''} end  -- our own retry: the first reply was lost
-if f[1] ~= ARGV[2] or f[2] ~= ARGV[3] or f[3] ~= 'owned' then return {'refused'} end
-if not alive(ARGV[4]) then return {'lapsed'} end
-redis.call('HSET', KEYS[3], 'owner', ARGV[4], 'chains', with(f[4], ARGV[4]))
+local f = redis.call('HMGET', KEYS[3], 'owner', 'epoch', 'state', 'chains', 'cancelled', 'era', 'is_swept')
+if f[6] ~= era or f[3] ~= 'owned' then return {'void'} end
+if f[1] == ARGV[4] and tonumber(f[2]) == tonumber(ARGV[3]) + 1 then return {'taken', f[5] or ''} end  -- the first reply was lost
+if f[1] ~= ARGV[2] or f[2] ~= ARGV[3] or f[7] ~= '1' or not lives(ARGV[4]) then return {'void'} end
+redis.call('HSET', KEYS[3], 'owner', ARGV[4], 'epoch', int(tonumber(f[2]) + 1), 'chains', with(f[4], ARGV[4]))
 redis.call('SREM', KEYS[4], ARGV[5])
 redis.call('SADD', KEYS[5], ARGV[5])
 return {'taken', f[5] or ''}
 """
 
-# KEYS: meta leases job. ARGV: lease_ms owner epoch. A new epoch for the same owner: handles that are out are void from here on.
+# KEYS: .. job. ARGV: lease_ms owner epoch. A new epoch for the same owner: handles that are out are void from here on.
 _TAKE_BACK = """
-local f = redis.call('HMGET', KEYS[3], 'owner', 'epoch', 'state')
-if f[1] ~= ARGV[2] or f[2] ~= ARGV[3] or f[3] ~= 'owned' then return 0 end
-return redis.call('HINCRBY', KEYS[3], 'epoch', 1)
+local f = redis.call('HMGET', KEYS[3], 'owner', 'epoch', 'state', 'era', 'is_swept')
+if f[1] ~= ARGV[2] or f[2] ~= ARGV[3] or f[3] ~= 'owned' or f[4] ~= era or f[5] ~= '1' or not lives(ARGV[2]) then return '0' end
+local epoch = int(tonumber(f[2]) + 1)
+redis.call('HSET', KEYS[3], 'epoch', epoch)
+return epoch
 """
 
-# KEYS: meta leases job owned. ARGV: lease_ms owner epoch job done_ttl
+# KEYS: .. job owned. ARGV: lease_ms owner job done_ttl. For anyone who has seen the final record, whatever the record says.
 _FINISH = """
-local f = redis.call('HMGET', KEYS[3], 'owner', 'epoch')
-redis.call('SREM', KEYS[4], ARGV[4])
-if f[1] and (f[1] ~= ARGV[2] or f[2] ~= ARGV[3]) then
-  redis.call('SREM', '{tokenmill}:owned:' .. f[1], ARGV[4])
-end
-redis.call('HSET', KEYS[3], 'state', 'done', 'owner', '')
-redis.call('EXPIRE', KEYS[3], ARGV[5])
+local owner = redis.call('HGET', KEYS[3], 'owner')
+if owner and owner ~= '' then redis.call('SREM', '{tokenmill}:owned:' .. owner, ARGV[3]) end
+redis.call('SREM', KEYS[4], ARGV[3])
+redis.call('HSET', KEYS[3], 'state', 'done', 'owner', '', 'unfenced', '', 'era', era)
+redis.call('EXPIRE', KEYS[3], ARGV[4])
 return 1
 """
 
-# KEYS: meta leases job owned. ARGV: lease_ms owner epoch job. Only for a job that was put back into the queue unharmed.
+# KEYS: .. job owned. ARGV: lease_ms owner epoch job. Only when every own frame of the job was answered.
 _GIVE_UP = """
-local f = redis.call('HMGET', KEYS[3], 'owner', 'epoch')
+local f = redis.call('HMGET', KEYS[3], 'owner', 'epoch', 'state', 'era')
+if f[1] ~= ARGV[2] or f[2] ~= ARGV[3] or f[3] ~= 'owned' or f[4] ~= era or not lives(ARGV[2]) then return 0 end
 redis.call('SREM', KEYS[4], ARGV[4])
-if f[1] ~= ARGV[2] or f[2] ~= ARGV[3] then return 0 end
 redis.call('HSET', KEYS[3], 'owner', '', 'state', 'queued')
 return 1
 """
 
-# KEYS: meta leases workers owned. ARGV: lease_ms owner info ttl, then per job: id epoch ack origin model chains.
-# Says again what this incarnation owns. The reply names the jobs that are somebody else's (or over) by now.
-_REASSERT = """
+# KEYS: .. workers owned. ARGV: lease_ms owner info ttl, then per job: id epoch ack origin model chains.
+# Only in grace. Replies with the ids that another owner holds under a later epoch.
+_ASSERT = """
 local me, lost = ARGV[2], {}
-redis.call('HSET', leases, me, string.format('%.0f', now + tonumber(ARGV[1])))
-redis.call('HSET', KEYS[3], me, ARGV[3])
+if now >= grace_until then return {'over'} end
 for i = 5, #ARGV, 6 do
   local id, epoch = ARGV[i], tonumber(ARGV[i + 1])
   local job = '{tokenmill}:job:' .. id
-  local f = redis.call('HMGET', job, 'owner', 'epoch', 'state', 'chains')
-  local known = tonumber(f[2] or '0')
-  if f[3] == 'done' or known > epoch or (known == epoch and f[1] ~= me and f[1] ~= '' and alive(f[1])) then
+  local f = redis.call('HMGET', job, 'owner', 'epoch', 'state', 'era', 'unfenced')
+  local known, owner, unfenced = tonumber(f[2] or '0'), f[1] or '', f[5] or ''
+  if f[4] == era and (f[3] == 'done' or known > epoch or (known == epoch and owner ~= me)) then
+    if f[3] ~= 'done' then redis.call('HSET', job, 'unfenced', with(unfenced, me)) end
     lost[#lost + 1] = id
   else
-    local chains = f[4] or ''
-    for _, c in ipairs(words(ARGV[i + 5])) do chains = with(chains, c) end
-    redis.call('HSET', job, 'state', 'owned', 'epoch', epoch, 'owner', me, 'ack', ARGV[i + 2], 'origin', ARGV[i + 3],
-      'model', ARGV[i + 4], 'chains', chains)
+    if f[4] ~= era then unfenced = '' end
+    if f[4] == era and owner ~= '' and owner ~= me then
+      unfenced = with(unfenced, owner)
+      redis.call('SREM', '{tokenmill}:owned:' .. owner, id)
+    end
+    redis.call('HSET', job, 'state', 'owned', 'epoch', ARGV[i + 1], 'owner', me, 'era', era, 'is_swept', '0', 'ack', ARGV[i + 2],
+      'origin', ARGV[i + 3], 'model', ARGV[i + 4], 'chains', ARGV[i + 5], 'unfenced', without(unfenced, me))
     redis.call('EXPIRE', job, ARGV[4])
     redis.call('SADD', KEYS[4], id)
   end
 end
-return lost
+redis.call('HSET', leases, me, int(now + tonumber(ARGV[1])))
+redis.call('HSET', KEYS[3], me, ARGV[3])
+return {'ok', unpack(lost)}
 """
 
-# KEYS: meta leases workers owned. ARGV: lease_ms owner
+# KEYS: .. workers. ARGV: lease_ms owner
 _RETIRE = """
 redis.call('HDEL', leases, ARGV[2])
 redis.call('HDEL', KEYS[3], ARGV[2])
-if redis.call('SCARD', KEYS[4]) == 0 then redis.call('DEL', KEYS[4]) end
 return 1
 """
 
-# KEYS: meta leases owned. ARGV: lease_ms owner. Acknowledgement subjects of what a lapsed owner held; nothing of a living one, or in grace.
+# KEYS: .. owned. ARGV: lease_ms owner. (job id, ack subject) of what a lapsed owner holds; nothing of a living one, or in grace.
 _ORPHANS = """
-if alive(ARGV[2]) or tonumber(redis.call('HGET', meta, 'grace_until') or '0') > now then return {} end
-local acks = {}
+if lives(ARGV[2]) or now < grace_until then return {} end
+local found = {}
 for _, id in ipairs(redis.call('SMEMBERS', KEYS[3])) do
   local f = redis.call('HMGET', '{tokenmill}:job:' .. id, 'owner', 'ack', 'state')
-  if f[1] == ARGV[2] and f[2] and f[3] ~= 'done' then acks[#acks + 1] = f[2] end
+  if f[1] == ARGV[2] and f[2] and f[3] == 'owned' then found[#found + 1] = {id, f[2]} end
 end
-return acks
+return found
 """
 
-# KEYS: meta leases workers owned. ARGV: lease_ms owner. Job records keep naming the dead owner: its chain is still to be fenced.
+# KEYS: .. workers owned. ARGV: lease_ms owner. Condemns. Job records keep naming the dead owner: its chain is still to be fenced.
 _BURY = """
-if alive(ARGV[2]) or tonumber(redis.call('HGET', meta, 'grace_until') or '0') > now then return 0 end
+if lives(ARGV[2]) or now < grace_until then return 0 end
 redis.call('HDEL', leases, ARGV[2])
 redis.call('HDEL', KEYS[3], ARGV[2])
 redis.call('DEL', KEYS[4])
 return 1
 """
 
-# KEYS: meta leases leader. ARGV: lease_ms name leader_ms
+# KEYS: .. leader. ARGV: lease_ms name leader_ms
 _LEAD = """
 local leader = redis.call('GET', KEYS[3])
 if leader and leader ~= ARGV[2] then return 0 end
@@ -223,32 +250,34 @@ redis.call('SET', KEYS[3], ARGV[2], 'PX', ARGV[3])
 return 1
 """
 
-# KEYS: meta leases job. ARGV: lease_ms ttl
+# KEYS: .. job. ARGV: lease_ms ttl. A job that nobody claimed yet gets a record with nothing but the flag (no era: it counts as missing).
 _CANCEL = """
-if redis.call('HGET', KEYS[3], 'state') == 'done' then return 0 end
+local f = redis.call('HMGET', KEYS[3], 'state', 'era')
+if f[1] == 'done' and f[2] == era then return 0 end
 redis.call('HSET', KEYS[3], 'cancelled', '1')
 redis.call('EXPIRE', KEYS[3], ARGV[2])
 return 1
 """
 
-# KEYS: meta leases workers. ARGV: lease_ms
+# KEYS: .. workers. ARGV: lease_ms
 _VIEW = """
 local rows = {}
 local infos = redis.call('HGETALL', KEYS[3])
 for i = 1, #infos, 2 do
   local expiry = tonumber(redis.call('HGET', leases, infos[i]) or '0')
-  rows[#rows + 1] = {infos[i], string.format('%.0f', expiry - now), infos[i + 1], tostring(redis.call('SCARD', '{tokenmill}:owned:' .. infos[i]))}
+  rows[#rows + 1] = {infos[i], int(expiry - now), infos[i + 1], tostring(redis.call('SCARD', '{tokenmill}:owned:' .. infos[i]))}
 end
 return rows
 """
 
 _SCRIPTS = {
-    "found": _FOUND, "register": _REGISTER, "renew": _RENEW, "claim": _CLAIM, "fenced": _FENCED, "take": _TAKE, "take_back": _TAKE_BACK,
-    "finish": _FINISH, "give_up": _GIVE_UP, "reassert": _REASSERT, "retire": _RETIRE, "cancel": _CANCEL, "view": _VIEW,
-    "orphans": _ORPHANS, "bury": _BURY, "lead": _LEAD,
+    "found": _FOUND, "floor": _FLOOR, "register": _REGISTER, "renew": _RENEW, "claim": _CLAIM, "fenced": _FENCED, "take": _TAKE,
+    "take_back": _TAKE_BACK, "finish": _FINISH, "give_up": _GIVE_UP, "assert": _ASSERT, "retire": _RETIRE, "orphans": _ORPHANS,
+    "bury": _BURY, "lead": _LEAD, "cancel": _CANCEL, "view": _VIEW,
 }
 
-ClaimState = Literal["granted", "owned", "done", "wait", "lapsed"]
+ClaimState = Literal["granted", "owned", "done", "wait", "need_roster", "lapsed"]
+RenewState = Literal["ok", "assert", "over"]
 
 
 def owner_name(worker: str, incarnation: int) -> str:
@@ -258,15 +287,20 @@ def owner_name(worker: str, incarnation: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """The answer to a claim. `chains` and `unfenced` are owners ("worker.incarnation"): where frames may stand, whom to fence first."""
+    """The answer to a claim. `chains` and `unfenced` are owners ("worker.incarnation"): where frames may stand, whom to fence first.
+
+    `era` is set with need_roster: read the roster now and claim again with both. `floor_era` is set while the era's floor is not known.
+    """
 
     state: ClaimState
     epoch: int = 0
     chains: tuple[str, ...] = ()
     unfenced: tuple[str, ...] = ()
     is_cancelled: bool = False
-    times_taken: int = 0        # from how many owners the job was taken because they died
+    times_taken: int = 0        # from how many owners the job was taken because their lease had lapsed
     wait_s: float = 0.0
+    era: str = ""
+    floor_era: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,68 +361,93 @@ class Store:
         """This farm is brand new: no owner can be out there, so nobody has to wait for one."""
         await self._call("found", [])
 
-    async def register(self, worker: str, info: dict[str, Any]) -> int:
-        """A new incarnation of `worker`, alive for one lease. Returns its number, larger than any before."""
-        return int(await self._call("register", [self._key("workers")], worker, msgpack.packb(info)))
+    async def set_floor(self, era: str, seq: int) -> None:
+        """JOBS ended at `seq` when this era was young: younger jobs can have no owner of an earlier era."""
+        await self._call("floor", [], era, seq)
 
-    async def renew(self, owner: str, info: dict[str, Any]) -> tuple[bool, str]:
-        """(still registered, id of the Redis process). A changed id: Redis restarted, so assert what is owned."""
-        valid, run = await self._call("renew", [self._key("workers")], owner, msgpack.packb(info))
-        return bool(valid), _text(run)
+    async def register(self, worker: str, info: dict[str, Any]) -> tuple[int, str]:
+        """A new incarnation of `worker`, alive for one lease: (its number, larger than any before; era whose floor is not known, or "").
+
+        It must stand on the roster before its first claim.
+        """
+        incarnation, floor_era = await self._call("register", [self._key("workers")], worker, msgpack.packb(info))
+        return int(incarnation), _text(floor_era)
+
+    async def renew(self, owner: str, info: dict[str, Any]) -> RenewState:
+        """`assert`: Redis lost data, say again what you own. `over`: jobs were taken from this incarnation; it ends."""
+        return _text(await self._call("renew", [self._key("workers")], owner, msgpack.packb(info)))  # type: ignore[return-value]
 
     async def retire(self, owner: str) -> None:
-        await self._call("retire", [self._key("workers"), self._owned(owner)], owner)
+        await self._call("retire", [self._key("workers")], owner)
 
-    async def claim(self, owner: str, job_id: str, *, ack: str, origin: str, model: str, epoch_seen: int = 0) -> Claim:
-        """Become the owner of a job that nobody else alive owns. `epoch_seen`: the highest epoch found on its chains (0: not looked).
+    async def claim(self, owner: str, job_id: str, *, ack: str, origin: str, model: str, stream_seq: int, roster: Iterable[str] = (),
+                    roster_era: str = "") -> Claim:
+        """Become the owner of a job that nobody else alive owns. `stream_seq` is its message's in JOBS.
 
-        Call it only for a job that this incarnation does not hold: its own claim is granted again.
+        Call it only for a job that this incarnation does not hold: its own claim is granted again, under a new epoch.
         """
         reply = [_text(part) for part in await self._call(
-            "claim", [self._job(job_id), self._owned(owner)], owner, job_id, ack, origin, model, epoch_seen, JOB_TTL_S)]
-        if reply[0] == "granted":
-            return Claim(state="granted", epoch=int(reply[1]), chains=tuple(reply[2].split()), unfenced=tuple(reply[3].split()),
-                         is_cancelled=reply[4] == "1", times_taken=int(reply[5]))
-        if reply[0] == "wait":
-            return Claim(state="wait", wait_s=float(reply[1]) / 1000)
-        return Claim(state=reply[0])  # type: ignore[arg-type]
+            "claim", [self._job(job_id), self._owned(owner)], owner, job_id, ack, origin, model, stream_seq, JOB_TTL_S, roster_era,
+            " ".join(roster))]
+        match reply[0]:
+            case "granted":
+                return Claim(state="granted", epoch=int(reply[1]), chains=tuple(reply[2].split()), unfenced=tuple(reply[3].split()),
+                             is_cancelled=reply[4] == "1", times_taken=int(reply[5]), floor_era=reply[6])
+            case "wait":
+                return Claim(state="wait", wait_s=float(reply[1]) / 1000, floor_era=reply[2])
+            case "need_roster":
+                return Claim(state="need_roster", era=reply[1], floor_era=reply[2])
+            case state:
+                return Claim(state=state)  # type: ignore[arg-type]
 
-    async def fenced(self, owner: str, job_id: str, epoch: int, fenced_owner: str) -> bool:
-        """Note that a tombstone stands on that former owner's chain. False: the job is not ours any more."""
-        return bool(await self._call("fenced", [self._job(job_id)], owner, epoch, fenced_owner))
+    async def fenced(self, job_id: str, fenced_owner: str) -> None:
+        """Note that a tombstone stands on that owner's chain for this job's origin."""
+        await self._call("fenced", [self._job(job_id)], fenced_owner)
 
     async def take(self, job_id: str, epoch: int, *, giver: str, taker: str) -> tuple[bool, bool]:
-        """Hand-over by compare-and-set: (taken, cancelled)."""
+        """Hand-over by compare-and-set on the handle's epoch: (taken, cancelled). The job's epoch is one more then."""
         reply = await self._call("take", [self._job(job_id), self._owned(giver), self._owned(taker)], giver, epoch, taker, job_id)
         return _text(reply[0]) == "taken", len(reply) > 1 and _text(reply[1]) == "1"
 
     async def take_back(self, owner: str, job_id: str, epoch: int) -> int | None:
-        """A new epoch for the owner itself: its handle that is out becomes void. None: a decode worker was faster."""
+        """A new epoch for the owner itself: its handle that is out becomes void. None: the job is not ours any more."""
         return int(await self._call("take_back", [self._job(job_id)], owner, epoch)) or None
 
-    async def finish(self, owner: str, job_id: str, epoch: int) -> None:
-        """The final record stands and the message is acknowledged."""
-        await self._call("finish", [self._job(job_id), self._owned(owner)], owner, epoch, job_id, DONE_TTL_S)
+    async def finish(self, owner: str, job_id: str) -> None:
+        """The final record stands. For anyone who has seen it; `owner` is the caller."""
+        await self._call("finish", [self._job(job_id), self._owned(owner)], owner, job_id, DONE_TTL_S)
 
     async def give_up(self, owner: str, job_id: str, epoch: int) -> bool:
-        """Stop owning a job that emitted nothing here and goes back into the queue."""
+        """Stop owning a job that goes back into the queue. False: it was not ours."""
         return bool(await self._call("give_up", [self._job(job_id), self._owned(owner)], owner, epoch, job_id))
 
-    async def reassert(self, owner: str, info: dict[str, Any], jobs: Iterable[OwnedJob]) -> set[str]:
-        """Say again what we own, after Redis came back. Returns the job ids that are not ours any more."""
+    async def reassert(self, owner: str, info: dict[str, Any], jobs: Iterable[OwnedJob]) -> set[str] | None:
+        """Say again what we own, after Redis lost data. The ids that are not ours any more; None: too late, this incarnation is over."""
         flat: list[str | int] = []
         for job in jobs:
             flat += [job.job_id, job.epoch, job.ack, job.origin, job.model, " ".join(job.chains)]
-        lost = await self._call("reassert", [self._key("workers"), self._owned(owner)], owner, msgpack.packb(info), JOB_TTL_S, *flat)
-        return {_text(job_id) for job_id in lost}
+        state, *lost = await self._call("assert", [self._key("workers"), self._owned(owner)], owner, msgpack.packb(info), JOB_TTL_S, *flat)
+        return {_text(job_id) for job_id in lost} if _text(state) == "ok" else None
 
     async def cancel(self, job_id: str) -> bool:
-        """Remember that a job is to be cancelled, for whoever pulls it. False: it is over already."""
+        """Remember that a job is to be cancelled, for whoever claims or takes it. False: it is over already."""
         return bool(await self._call("cancel", [self._job(job_id)], JOB_TTL_S))
 
-    async def orphans(self, owner: str) -> list[str]:
-        """Acknowledgement subjects of the jobs of an owner whose lease has lapsed."""
-        return [_text(ack) for ack in await self._call("orphans", [self._owned(owner)], owner)]
+    async def workers(self, model: str | None = None) -> list[WorkerView]:
+        """Every registered incarnation, the lapsed ones too until they are buried."""
+        views = []
+        for name, left_ms, info, owned in await self._call("view", [self._key("workers")]):
+            worker, _, incarnation = _text(name).rpartition(".")
+            left_s = float(left_ms) / 1000
+            view = WorkerView(worker=worker, incarnation=int(incarnation), is_alive=left_s > 0, expires_in_s=max(0.0, left_s),
+                              num_owned=int(owned), info=msgpack.unpackb(info))
+            if model is None or view.info.get("model") == model:
+                views.append(view)
+        return sorted(views, key=lambda v: (v.worker, v.incarnation))
+
+    async def orphans(self, owner: str) -> list[tuple[str, str]]:
+        """(job id, acknowledgement subject) of the jobs of an owner whose lease has lapsed."""
+        return [(_text(job_id), _text(ack)) for job_id, ack in await self._call("orphans", [self._owned(owner)], owner)]
 
     async def bury(self, owner: str) -> bool:
         """Forget a lapsed owner; its jobs stay claimable. False: it is alive after all."""
@@ -397,18 +456,6 @@ class Store:
     async def lead(self, task: str, name: str, seconds: float) -> bool:
         """Become or stay the one that does `task`. Only for tasks that are harmless when two do them for a moment."""
         return bool(await self._call("lead", [self._key(f"leader:{task}")], name, int(seconds * 1000)))
-
-    async def workers(self, model: str | None = None) -> list[WorkerView]:
-        """Every registered incarnation, the lapsed ones too until they are reaped."""
-        views = []
-        for name, left_ms, info, owned in await self._call("view", [self._key("workers")]):
-            worker, _, incarnation = _text(name).rpartition(".")
-            left_s = float(left_ms) / 1000
-            view = WorkerView(worker=worker, incarnation=int(incarnation), is_alive=left_s > 0, expires_in_s=left_s, num_owned=int(owned),
-                              info=msgpack.unpackb(info))
-            if model is None or view.info.get("model") == model:
-                views.append(view)
-        return sorted(views, key=lambda v: (v.worker, v.incarnation))
 
     async def job(self, job_id: str) -> dict[str, str]:
         """The job's record, {} when there is none."""

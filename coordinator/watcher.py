@@ -53,9 +53,13 @@ class Watcher:
 
     async def _bury(self, view: WorkerView) -> int:
         owner = owner_name(view.worker, view.incarnation)
-        acks = await self._store.orphans(owner)
-        for ack in acks:
-            await self._bus.nak(ack)
-        await self._store.bury(owner)
-        log.warning("worker %s: lease lapsed, %d jobs given back to the queue", owner, len(acks))
-        return len(acks)
+        orphans = await self._store.orphans(owner)
+        for job_id, ack in orphans:
+            if await self._bus.get_result(job_id) is not None:
+                await self._store.finish(owner, job_id)   # the owner died between its commit and its clean-up
+                await self._bus.ack(ack)
+            else:
+                await self._bus.nak(ack)
+        if await self._store.bury(owner):
+            log.warning("worker %s: lease lapsed, %d jobs given back to the queue", owner, len(orphans))
+        return len(orphans)

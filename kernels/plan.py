@@ -5,6 +5,7 @@ other, its slots are a plain range and attention reads the cache in place; other
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,17 +52,26 @@ def make_plan(query_lens: list[int], seq_lens: list[int], page_tables: list[list
 
     A page table may be longer than its sequence needs, never shorter.
     """
-    chunks, decodes, start = [], [], 0
+    chunks: list[Chunk] = []
+    decodes: list[_Decode] = []
+    start = 0
     for query_len, seq_len, pages in zip(query_lens, seq_lens, page_tables, strict=True):
         assert 1 <= query_len <= seq_len <= len(pages) * page_size
         slots = _slots(pages, seq_len, page_size, device)
         if query_len == 1:
-            decodes.append((seq_len, start, pages[: -(-seq_len // page_size)], slots))
+            decodes.append(_Decode(start, seq_len, pages[: -(-seq_len // page_size)], slots))
         else:
             mask = None if query_len == seq_len else _late_mask(query_len, seq_len, device, dtype)
             chunks.append(Chunk(start, start + query_len, seq_len, slots, mask))
         start += query_len
     return AttentionPlan(chunks, _groups(decodes, start, page_size, device))
+
+
+class _Decode(NamedTuple):
+    row: int
+    seq_len: int
+    pages: list[int]
+    slots: slice | Tensor
 
 
 def _slots(pages: list[int], seq_len: int, page_size: int, device: torch.device) -> slice | Tensor:
@@ -78,36 +88,39 @@ def _late_mask(query_len: int, seq_len: int, device: torch.device, dtype: torch.
     return mask.triu_(seq_len - query_len + 1)
 
 
-def _groups(decodes: list[tuple[int, int, list[int], slice | Tensor]], num_rows: int, page_size: int,
-            device: torch.device) -> list[DecodeGroup]:
+def _groups(decodes: list[_Decode], num_rows: int, page_size: int, device: torch.device) -> list[DecodeGroup]:
+    """All in one group where the padding is small; otherwise groups of similar length."""
     if not decodes:
         return []
-    if _padding_is_small([seq_len for seq_len, *_ in decodes]):
+    lens = [decode.seq_len for decode in decodes]
+    if _is_padding_small(max(lens), sum(lens), len(lens)):
         return [_group(decodes, num_rows, page_size, device)]
-    decodes.sort(key=lambda decode: decode[0])
-    groups, begin = [], 0
-    for end in range(1, len(decodes) + 1):
-        if end == len(decodes) or not _padding_is_small([seq_len for seq_len, *_ in decodes[begin : end + 1]]):
-            groups.append(_group(decodes[begin:end], num_rows, page_size, device))
-            begin = end
+    decodes.sort(key=lambda decode: decode.seq_len)
+    groups, begin, total = [], 0, 0
+    for i, decode in enumerate(decodes):
+        if i > begin and not _is_padding_small(decode.seq_len, total + decode.seq_len, i + 1 - begin):
+            groups.append(_group(decodes[begin:i], num_rows, page_size, device))
+            begin, total = i, 0
+        total += decode.seq_len
+    groups.append(_group(decodes[begin:], num_rows, page_size, device))
     return groups
 
 
-def _padding_is_small(lens: list[int]) -> bool:
-    """A second group costs a few more calls per layer, worth about 64 padded tokens of each sequence."""
-    return max(lens) * len(lens) <= 1.25 * sum(lens) + 64 * len(lens)
+def _is_padding_small(longest: int, total: int, count: int) -> bool:
+    """A further group costs a few more calls per layer, worth about 64 padded tokens of each sequence."""
+    return longest * count <= 1.25 * total + 64 * count
 
 
-def _group(decodes: list[tuple[int, int, list[int], slice | Tensor]], num_rows: int, page_size: int, device: torch.device) -> DecodeGroup:
-    rows = [row for _, row, _, _ in decodes]
-    width = max(len(pages) for _, _, pages, _ in decodes)
-    table = [pages + pages[:1] * (width - len(pages)) for _, _, pages, _ in decodes]
-    lens = [seq_len for seq_len, _, _, _ in decodes]
+def _group(decodes: list[_Decode], num_rows: int, page_size: int, device: torch.device) -> DecodeGroup:
+    rows = [decode.row for decode in decodes]
+    width = max(len(decode.pages) for decode in decodes)
+    table = [decode.pages + decode.pages[:1] * (width - len(decode.pages)) for decode in decodes]
+    lens = [decode.seq_len for decode in decodes]
     return DecodeGroup(
         rows=None if rows == list(range(num_rows)) else torch.tensor(rows, dtype=torch.int64, device=device),
         page_table=torch.tensor(table, dtype=torch.int32, device=device),
         seq_lens=torch.tensor(lens, dtype=torch.int32, device=device),
         page_size=page_size,
         lens=lens,
-        runs=[slots for _, _, _, slots in decodes],
+        runs=[decode.slots for decode in decodes],
     )

@@ -13,10 +13,10 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 from coordinator import subjects
-from coordinator.bus import Bus
+from coordinator.bus import Bus, Message
 from coordinator.errors import InvalidField, JobFailed, MalformedMessage, Unavailable
 from coordinator.messages import (
     FinalRecord,
@@ -37,8 +37,9 @@ from producers.job_stream import JobStream
 log = logging.getLogger(__name__)
 
 
-class Token(NamedTuple):
-    """One generated token. `finish` is set on a job's last one."""
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token. `finish` is set on the last one, unless the job ended after it without another token (cancelled, say)."""
 
     index: int
     id: int
@@ -68,11 +69,11 @@ class JobResult:
 class JobHandle:
     """One open job: one reader takes its tokens by `stream`, `runs` or `result`."""
 
-    def __init__(self, client: "TokenmillClient", job: Job) -> None:
+    def __init__(self, client: "TokenmillClient", job: Job, seen_seq: int) -> None:
         self.job = job
         self.tokens = JobStream()
-        self.last_news_s = time.monotonic()
-        self.next_look_s = self.last_news_s + FIRST_SILENCE_S
+        self.seen_seq = seen_seq
+        self.next_look_s = time.monotonic() + FIRST_SILENCE_S
         self.silence_s = FIRST_SILENCE_S
         self.num_rereads = 0
         self._client = client
@@ -88,13 +89,14 @@ class JobHandle:
         """How the job ended, once its last token has arrived."""
         return self.tokens.finish
 
-    def push(self, run: TokenRun) -> None:
-        """A run has arrived; called by the client."""
+    def push(self, run: TokenRun, seq: int) -> None:
+        """A run has arrived with the frame at `seq` of the stream; called by the client."""
         before = self.tokens.next_index
         self.tokens.push(run)
+        if not self.tokens.is_behind:
+            self.seen_seq = max(seq, self.seen_seq)
         if self.tokens.next_index != before or self.tokens.finish is not None:
-            self.last_news_s = time.monotonic()
-            self.next_look_s = self.last_news_s + FIRST_SILENCE_S
+            self.next_look_s = time.monotonic() + FIRST_SILENCE_S
             self.silence_s = FIRST_SILENCE_S
             self.num_rereads = 0
             self._news.set()
@@ -102,18 +104,15 @@ class JobHandle:
     async def runs(self) -> AsyncIterator[list[TokenRun]]:
         """All that has arrived since the last round, as lists of runs; ends with the job or with `close`. For many tokens per second."""
         while True:
-            await self._news.wait()
-            self._news.clear()
             if (arrived := self.tokens.take()):
                 yield arrived
-            if self._is_closed:
-                return
-            if self.tokens.finish is not None:
-                if (rest := self.tokens.take()):
-                    yield rest
+                continue
+            if self._is_closed or self.tokens.finish is not None:
                 return
             if self.tokens.is_behind:
                 self._client.catch_up.want(self.job_id)
+            self._news.clear()
+            await self._news.wait()
 
     async def stream(self) -> AsyncIterator[Token]:
         """Token by token. Raises JobFailed after the last token when the job ended otherwise than by `stop` or `length`."""
@@ -136,7 +135,8 @@ class JobHandle:
         if self.tokens.next_index != sum(len(run.token_ids) for run in read):
             read = [as_run(await self._client.final_record(self.job_id))]
         return JobResult(
-            job_id=self.job_id, reason=finish.reason, error=finish.error, prompt_tokens=finish.prompt_tokens, cached_tokens=finish.cached_tokens,
+            job_id=self.job_id, reason=finish.reason, error=finish.error,
+            prompt_tokens=finish.prompt_tokens, cached_tokens=finish.cached_tokens,
             token_ids=tuple(t for run in read for t in run.token_ids), logprobs=tuple(p for run in read for p in run.logprobs),
             texts=tuple(x for run in read for x in run.texts))
 
@@ -195,7 +195,7 @@ class TokenmillClient:
         is_new_farm = await self.bus.provision(self.model, max_queued=max_queued)
         if is_new_farm and self.store is not None:
             await self.store.found()
-        await self.bus.subscribe(subjects.live(self.origin), self._on_frame)
+        await self.bus.subscribe(subjects.live(self.origin), self._on_frame, on_gap=self.catch_up.gap)
         self.catch_up.start()
 
     async def close(self) -> None:
@@ -240,9 +240,10 @@ class TokenmillClient:
             traceparent=traceparent)
         if job.job_id in self._open:
             raise InvalidField("job_id", f"{job.job_id} is open in this client already")
-        handle = self._open[job.job_id] = JobHandle(self, job)
+        # Frames of a new job come after all that were seen until now; a job submitted again may have some anywhere.
+        handle = self._open[job.job_id] = JobHandle(self, job, self.catch_up.last_seq if job_id is None else 0)
         try:
-            is_new = await self.bus.publish_job(job)
+            await self.bus.publish_job(job)
         except Unavailable:
             self.forget(job.job_id)
             with contextlib.suppress(Unavailable):  # it may have been stored all the same: then nobody waits for it
@@ -251,7 +252,7 @@ class TokenmillClient:
         except BaseException:
             self.forget(job.job_id)
             raise
-        if not is_new:
+        if job_id is not None:
             self.catch_up.want(handle.job_id)
         return handle
 
@@ -279,19 +280,21 @@ class TokenmillClient:
     def forget(self, job_id: str) -> None:
         self._open.pop(job_id, None)
 
-    async def _on_frame(self, data: bytes, subject: str) -> None:
+    def _on_frame(self, message: Message) -> None:
+        seq = int(message.headers.get("Nats-Sequence", 0))
+        self.catch_up.last_seq = max(seq, self.catch_up.last_seq)
         try:
-            for wire in decode_map(data).get("runs", ()):
+            for wire in decode_map(message.data).get("runs", ()):
                 if wire[0] in self._open:  # runs of jobs that are not open here are not even decoded
-                    self._deliver(wire[0], TokenRun.from_wire(wire))
+                    self._deliver(wire[0], TokenRun.from_wire(wire), seq)
         except (MalformedMessage, TypeError, LookupError) as error:
-            log.error("a frame on %s cannot be read: %s", subject, error)
+            log.error("a frame on %s cannot be read: %s", message.subject, error)
 
-    def _deliver(self, job_id: str, run: TokenRun) -> None:
+    def _deliver(self, job_id: str, run: TokenRun, seq: int) -> None:
         handle = self._open.get(job_id)
         if handle is None:
             return
-        handle.push(run)
+        handle.push(run, seq)
         if handle.finish is not None:
             self.forget(job_id)
         elif handle.tokens.is_behind and handle.tokens.has_room:

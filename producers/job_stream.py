@@ -70,9 +70,11 @@ class JobStream:
         stop = min(len(run.token_ids), start + room)
         if start < stop:
             if start or stop < len(run.token_ids):
-                run = replace(run, first_index=self.next_index, token_ids=run.token_ids[start:stop], logprobs=run.logprobs[start:stop],
-                              texts=run.texts[start:stop])
-            self._unread.append(run)
+                shown = replace(run, first_index=self.next_index, token_ids=run.token_ids[start:stop], logprobs=run.logprobs[start:stop],
+                                texts=run.texts[start:stop], finish=run.finish if stop == len(run.token_ids) else None)
+                self._unread.append(shown)
+            else:
+                self._unread.append(run)
             self.num_unread += stop - start
             self.next_index += stop - start
         if run.finish is not None and self.next_index >= end:

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field, replace
 
 from coordinator.fold import Shown
 from coordinator.messages import FinalRecord, Finish, Job, TokenRun
-from coordinator.tokenizer import IncrementalDetokenizer, StopStringMatcher, Tokenizer
+from coordinator.detokenizer import IncrementalDetokenizer
+from coordinator.stop_strings import StopStringMatcher
+from coordinator.tokenizer import Tokenizer
 
 
 class Phase(enum.Enum):
@@ -40,6 +42,7 @@ class ActiveJob:
     num_pinned_tokens: int = 0
     offered_at: float = 0.0            # monotonic seconds
     is_cancelled: bool = False
+    is_swept: bool = True              # Redis knows everybody who may have emitted for it; false after it was asserted
     pending: list[TokenRun] = field(default_factory=list)
 
     @property

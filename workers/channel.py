@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 
 from coordinator.errors import MalformedMessage
 
@@ -82,10 +83,8 @@ class AsyncChannel:
     async def close(self) -> None:
         """Send what is buffered if the peer still reads, then close."""
         self._writer.close()
-        try:
+        with suppress(ConnectionError):  # it was gone already
             await self._writer.wait_closed()
-        except ConnectionError:
-            pass  # it was gone already
 
 
 class _Splitter:

@@ -21,12 +21,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 
 from coordinator.errors import ConfigError, InvalidField, LayoutMismatch, PagesExhausted
-from coordinator.messages import KVLayout, pack_ids
+from coordinator.messages import KVLayout
 from coordinator.sampling import SamplingParams
+from workers.batch import ForwardBatch
 from workers.channel import BlockingChannel
 from workers.engine_messages import (
     Activate,
@@ -37,6 +39,7 @@ from workers.engine_messages import (
     Failed,
     Imported,
     ImportSequence,
+    Pinned,
     PoolAddress,
     Progress,
     Ready,
@@ -46,11 +49,13 @@ from workers.engine_messages import (
     decode_command,
     encode,
 )
+from workers.engine_sizes import choose_sizes
+from workers.model_config import ModelConfig
 from workers.model_runner import ModelRunner
 from workers.page_copier import PageCopier, check_layout
 from workers.sampler import Sampler
-from workers.scheduler import PageCopy, Scheduler, SchedulerSettings
-from workers.sequence import Limits, Sequence, Step, open_sequence
+from workers.scheduler import PageCopy, Scheduler, SchedulerSettings, Step
+from workers.sequence import Limits, Sequence, open_sequence
 from workers.settings import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -99,3 +104,162 @@ class Engine:
                 self._send(event)
             is_idle = not step.chunks
             self._send_stats(is_idle)
+
+    # ---- commands ----
+
+    def _take_commands(self, *, wait: bool) -> None:
+        """Handle all that came; with `wait` at least one (nothing could run without it)."""
+        while wait or not self._inbox.empty():
+            self._handle(self._inbox.get())
+            wait = False
+
+    def _handle(self, command: Command | CopyDone) -> None:
+        scheduler = self._scheduler
+        match command:
+            case AddSequence():
+                self._add(command)
+            case ImportSequence():
+                try:
+                    check_layout(self._layout, command.layout)
+                except LayoutMismatch as error:
+                    self._send(Imported(job_id=command.job_id, ok=False, error=str(error)))
+                else:
+                    self._add(command)
+            case CopyDone():
+                event = scheduler.finish_copy(command.copy, command.error)
+                if event is not None:
+                    self._send(event)
+            case Activate():
+                if not scheduler.activate(command.job_id):
+                    log.info("job %s: nothing to activate", command.job_id)
+            case Cancel():
+                self._are_stats_due |= scheduler.cancel(command.job_id)
+            case ReleasePin():
+                self._are_stats_due |= scheduler.release_pin(command.job_id)
+            case Shutdown():
+                self._is_shut_down = True
+
+    def _add(self, command: AddSequence | ImportSequence) -> None:
+        try:
+            self._scheduler.add(open_sequence(command, self._limits))
+        except InvalidField as error:
+            self._send(Failed(job_id=command.job_id, error=str(error), field=error.field))
+        except PagesExhausted as error:
+            self._send(Failed(job_id=command.job_id, error=str(error), field="max_new_tokens"))
+
+    # ---- the step ----
+
+    def _run_step(self, step: Step) -> list[Event]:
+        if not step.chunks:
+            return []
+        logits = self._runner.forward(self._scheduler.batch(step))
+        token_ids, logprobs = self._sampler.sample(logits, step.sampled)
+        events = self._scheduler.complete(step, token_ids, logprobs)
+        self._are_stats_due |= any(isinstance(event, Failed | Pinned) or any(row.finish for row in event.rows) for event in events)
+        return list(events)
+
+    def _send_stats(self, is_idle: bool) -> None:
+        """Now if a sequence ended or nothing will happen until the next command, else at most once per interval; never the same twice."""
+        now = time.monotonic()
+        if not (self._are_stats_due or is_idle or now - self._stats_sent_at >= STATS_INTERVAL_S):
+            return
+        self._stats_sent_at, self._are_stats_due = now, False
+        stats = self._scheduler.stats()
+        if stats != self._last_stats:
+            self._last_stats = stats
+            self._send(stats)
+
+    def warm_up(self) -> None:
+        """Run every operation once, so that the first request does not pay for lazy set-up. Leaves nothing behind but page 0's bytes."""
+        params = (SamplingParams(), SamplingParams(do_sample=True, seed=1, temperature=0.7, top_p=0.9, top_k=20, repetition_penalty=1.1))
+        sequences = [Sequence(job_id="warm-up", token_ids=[0] * 4, num_prompt=4, params=p, max_kv_tokens=4) for p in params]
+        for query_len in (4, 1):
+            batch = ForwardBatch(token_ids=[0] * query_len, positions=list(range(4 - query_len, 4)), query_lens=[query_len], seq_lens=[4],
+                                 slot_mapping=[position % self._scheduler.settings.page_size for position in range(4 - query_len, 4)],
+                                 page_tables=[[0] * 4], logit_rows=[query_len - 1])
+            logits = self._runner.forward(batch)
+        self._sampler.sample(logits.repeat(2, 1), sequences)
+
+
+def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None]) -> Engine:
+    """Choose sizes, read the weights, warm up, say Ready. Raises ConfigError."""
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    config = ModelConfig.from_dir(Path(settings.model_dir))
+    sizes = choose_sizes(settings, config)
+    runner = ModelRunner(Path(settings.model_dir), settings.device, sizes.dtype, sizes.num_pages, sizes.page_size, settings.load_workers,
+                         _progress_sender(send))
+    scheduler = Scheduler(SchedulerSettings(
+        role=settings.role,  # type: ignore[arg-type]
+        num_pages=sizes.num_pages, page_size=sizes.page_size, chunk_size=sizes.chunk_size, max_num_seqs=sizes.max_num_seqs,
+        max_batch_tokens=sizes.chunk_size + sizes.max_num_seqs, eos_ids=frozenset(config.eos_ids), prefix_cache=settings.use_prefix_cache))
+    layout = runner.kv_cache.layout(settings.model_name)
+    limits = Limits(vocab_size=config.vocab_size, max_seq_len=sizes.max_seq_len, prefill_only=settings.role == "prefill")
+    engine = Engine(runner, scheduler, limits, layout, inbox, send)
+    engine.warm_up()
+    gc.collect()
+    gc.freeze()  # the model's objects live for good: later collections need not look at them
+    send(Ready(layout=layout, pool=PoolAddress(address=runner.kv_cache.address, num_pages=sizes.num_pages),
+               max_total_tokens=sizes.num_pages * sizes.page_size, max_seq_len=sizes.max_seq_len, max_num_seqs=sizes.max_num_seqs,
+               chunk_size=sizes.chunk_size, vocab_size=config.vocab_size, eos_ids=tuple(config.eos_ids)))
+    return engine
+
+
+def _progress_sender(send: Callable[[Event], None]) -> Callable[[int, int], None]:
+    last_sent_at = 0.0
+
+    def progress(loaded_bytes: int, total_bytes: int) -> None:
+        nonlocal last_sent_at
+        now = time.monotonic()
+        if loaded_bytes >= total_bytes or now - last_sent_at >= PROGRESS_INTERVAL_S:
+            last_sent_at = now
+            send(Progress(loaded_bytes=loaded_bytes, total_bytes=total_bytes))
+
+    return progress
+
+
+def _read_commands(channel: BlockingChannel, inbox: Inbox) -> None:
+    """The reader thread. Ends the process with the stream: at once, whatever the main thread is computing."""
+    status = 0
+    try:
+        for data in channel:
+            inbox.put(decode_command(data))
+    except Exception:
+        log.exception("the command channel is unreadable")
+        status = 1
+    os._exit(status)
+
+
+def parse_settings(text: str) -> EngineSettings:
+    """EngineSettings from a JSON object. Raises ConfigError on unknown or missing keys."""
+    given = json.loads(text)
+    known = {field.name for field in fields(EngineSettings)}
+    if not isinstance(given, dict) or set(given) - known:
+        raise ConfigError(f"engine settings: unknown keys {sorted(set(given) - known) if isinstance(given, dict) else given!r}")
+    try:
+        return EngineSettings(**given)
+    except TypeError as error:
+        raise ConfigError(f"engine settings: {error}") from None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="workers.engine", description="The engine process; a worker's I/O process starts it.")
+    parser.add_argument("--fd", type=int, required=True, help="inherited end of a unix stream socketpair")
+    parser.add_argument("--settings", required=True, help="EngineSettings as a JSON object")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the I/O process says when to stop
+    channel, inbox = BlockingChannel(socket.socket(fileno=arguments.fd)), Inbox()
+    threading.Thread(target=_read_commands, args=(channel, inbox), name="command reader", daemon=True).start()
+    try:
+        load(parse_settings(arguments.settings), inbox, lambda event: channel.send(encode(event))).run()
+    except ConfigError as error:
+        log.error("%s", error)
+        return 2
+    except BrokenPipeError:
+        return 0  # the I/O process is gone; the reader thread is about to find out too
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

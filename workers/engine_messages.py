@@ -103,6 +103,8 @@ class Ready:
     pool: PoolAddress
     max_total_tokens: Count   # what the KV pool holds
     max_seq_len: Count        # most tokens of one sequence, prompt and output
+    max_num_seqs: Count       # sequences running at once
+    chunk_size: Count         # prompt tokens of one prefill step
     vocab_size: Count
     eos_ids: tuple[Count, ...]
 

@@ -6,9 +6,10 @@ Taker: pulls a handle (pulling is the reservation) -> copies pages -> asks the g
 """
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 
 from coordinator import subjects
 from coordinator.bus import Bus, Delivery, Message
@@ -70,10 +71,17 @@ class Giver:
     def maybe_offer(self, active: ActiveJob) -> None:
         """Offer once the pages are pinned and every token so far is stored: a reader must never miss what a taker will not repeat."""
         if active.phase is Phase.RUNNING and active.generation >= 0 and active.num_stored == active.num_output:
+            if not active.is_swept:
+                self._spawn(self._put_back(active))  # its next owner looks for all former ones first
+                return
             active.phase = Phase.OFFERED
             active.offered_at = time.monotonic()
             self._spawn(self._publish(active))
             self._jobs.on_change()
+
+    async def _put_back(self, active: ActiveJob) -> None:
+        with contextlib.suppress(Unavailable):  # then its lease brings it back
+            await self._jobs.put_back(active)
 
     async def _publish(self, active: ActiveJob) -> None:
         handle = self._handle(active).encode()
@@ -147,8 +155,8 @@ class Giver:
         active.epoch = epoch
         return True
 
-    def _spawn(self, coroutine: object) -> None:
-        task: asyncio.Task[None] = asyncio.ensure_future(coroutine)  # type: ignore[arg-type]
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -203,7 +211,7 @@ class Taker:
             return
         former = self._jobs.get(job.job_id)
         if former is not None:
-            if former.epoch >= handle.epoch:
+            if former.epoch > handle.epoch:
                 await delivery.ack()  # a second copy of what we have
                 return
             self._jobs.forget(former)
@@ -231,7 +239,7 @@ class Taker:
     def _open(self, job: Job, handle: KVHandle) -> ActiveJob:
         shown = Shown(token_ids=unpack_ids(handle.output), logprobs=unpack_floats(handle.logprobs), texts=list(handle.texts),
                       emitters=list(handle.emitters), epoch=handle.epoch)
-        active = open_job(self._tokenizer, job, epoch=handle.epoch, ack_subject=handle.ack_subject,
+        active = open_job(self._tokenizer, job, epoch=handle.epoch + 1, ack_subject=handle.ack_subject,
                           chains=(*handle.chains, self._me.owner), prompt_ids=unpack_ids(handle.prompt_ids), shown=shown)
         active.phase = Phase.IMPORTING
         active.cached_tokens = handle.cached_tokens
@@ -277,8 +285,8 @@ class Taker:
 
     async def _confirm(self, source: KVSource, question: dict[str, object]) -> bool:
         try:
-            answer = await self._bus.request(subjects.kv(source.worker, source.incarnation), encode_map({"op": "confirm", **question}),
+            reply = await self._bus.request(subjects.kv(source.worker, source.incarnation), encode_map({"op": "confirm", **question}),
                                             CONFIRM_TIMEOUT_S)
-            return decode_map(answer.data).get("ok") is True
+            return decode_map(reply).get("ok") is True
         except (Unavailable, MalformedMessage):
             return False

@@ -59,13 +59,15 @@ class Incarnation:
     async def start(self) -> None:
         """Register, then pull. Raises Unavailable when NATS or Redis does not answer."""
         settings, ready = self._settings, self._ready
-        incarnation = await self._store.register(settings.worker_id, self._info())
+        incarnation, floor_era = await self._store.register(settings.worker_id, self._info())
+        if floor_era:
+            await self._store.set_floor(floor_era, await self._bus.last_job_seq())
         self.me = me = Identity(worker=settings.worker_id, incarnation=incarnation, role=settings.engine.role, model=self._model,
                                 host=socket.gethostname(), layout=ready.layout)
         await self._bus.roster_add(me.worker, me.incarnation)  # before the first claim: docs/protocol.md, emptied Redis
         self.jobs = Jobs(me, self._bus, self._store, self._engine)
         self.jobs.emitter = Emitter(self._bus, me.worker, me.incarnation, on_stored=self.jobs.on_stored, on_fenced=self._on_fenced)
-        self._lease = Lease(self._store, me.owner, self._info, self.jobs.owned, self._on_lost)
+        self._lease = Lease(self._store, me.owner, self._info, self.jobs.owned, self._on_lost, self.over.set)
         self._lease.start()
         self._cancels = await self._bus.subscribe("cancel.*", self._on_cancel)
         self._giver: Giver | None = None
@@ -151,8 +153,9 @@ class Incarnation:
         self.over.set()
 
     def _on_lost(self, job_ids: set[str]) -> None:
-        log.warning("%d jobs were taken over while the lease had lapsed", len(job_ids))
-        self.over.set()
+        for job_id in job_ids:
+            if (active := self.jobs.get(job_id)) is not None:
+                self.jobs.forget(active)
 
     # ---- periodic ----
 

@@ -12,7 +12,7 @@ from coordinator.bus import Bus, Delivery
 from coordinator.errors import InvalidField, MalformedMessage, TokenmillError, Unavailable
 from coordinator.fold import Shown, fold
 from coordinator.messages import DeadLetter, Job, TokenRun, check_id, decode_map
-from coordinator.store import Claim, Store
+from coordinator.store import Claim, Store, owner_name
 from coordinator.tokenizer import Tokenizer
 from workers.active_job import open_job
 from workers.jobs import Identity, Jobs
@@ -56,51 +56,65 @@ class Intake:
             self._claiming.discard(job.job_id)
 
     async def _claim(self, job: Job, delivery: Delivery, refusal: str) -> None:
-        claim = await self._ask(job, delivery, epoch_seen=0)
+        claim = await self._ask(job, delivery)
         if claim.state == "done":
             await delivery.ack()
         if claim.state != "granted":
             return
         shown = Shown()
-        if claim.chains or claim.unfenced or claim.epoch > 1:
+        if claim.chains or claim.unfenced or delivery.num_delivered > 1:
+            if await self._bus.get_result(job.job_id) is not None:
+                await self._store.finish(self._me.owner, job.job_id)
+                await delivery.ack()
+                return
             shown = await self._resume(job, claim, delivery)
         prompt_ids = list(job.prompt_ids) if job.prompt_ids is not None else self._tokenizer.encode(
             job.text or "", add_special_tokens=job.params.add_special_tokens)
-        chains = (*(c for c in claim.chains if c != self._me.owner), self._me.owner)
-        active = open_job(self._tokenizer, job, epoch=claim.epoch, ack_subject=delivery.ack_subject, chains=chains, prompt_ids=prompt_ids, shown=shown)
+        active = open_job(self._tokenizer, job, epoch=claim.epoch, ack_subject=delivery.ack_subject, chains=(*claim.chains, self._me.owner),
+                          prompt_ids=prompt_ids, shown=shown)
         if shown.finish is not None:
             self._jobs.add(active)
             self._jobs.repair(active)
-        elif refusal:
+        elif refusal or shown.has_gap:
             self._jobs.add(active)
-            self._jobs.end(active, "error", refusal)
+            self._jobs.end(active, "error", refusal or "tokens that were shown have aged out of the stream: the answer cannot be continued")
         elif (reason := self._reason_to_end(job, claim)) is not None:
             self._jobs.add(active)
             self._jobs.end(active, reason)
         else:
             self._jobs.start(active)
 
-    async def _ask(self, job: Job, delivery: Delivery, epoch_seen: int) -> Claim:
+    async def _ask(self, job: Job, delivery: Delivery) -> Claim:
+        """Claim until answered: a claim whose reply was lost may have made us the owner, and then nobody else would take the job up."""
+        roster: list[str] = []
+        era = ""
         while True:
-            claim = await self._store.claim(self._me.owner, job.job_id, ack=delivery.ack_subject, origin=job.origin, model=job.model,
-                                            epoch_seen=epoch_seen)
+            try:
+                claim = await self._store.claim(self._me.owner, job.job_id, ack=delivery.ack_subject, origin=job.origin, model=job.model,
+                                                stream_seq=delivery.stream_seq, roster=roster, roster_era=era)
+                if claim.floor_era:
+                    await self._store.set_floor(claim.floor_era, await self._bus.last_job_seq())
+                if claim.state == "need_roster":
+                    era = claim.era
+                    roster = [owner_name(worker, incarnation) for worker, incarnation in await self._bus.roster()]
+                    continue
+            except Unavailable as error:
+                log.warning("job %s: not claimed yet: %s", job.job_id, error)
+                await asyncio.sleep(WAIT_STEP_S)
+                continue
             if claim.state != "wait":
                 return claim
             await delivery.in_progress()
             await asyncio.sleep(min(claim.wait_s, WAIT_STEP_S))
 
     async def _resume(self, job: Job, claim: Claim, delivery: Delivery) -> Shown:
-        """Fence those from whom the job was taken, then read what readers were shown."""
-        me = self._me.owner
+        """Fence those from whom the job was taken, then read what readers were shown: in this order, and before a word of our own."""
         for owner in claim.unfenced:
-            if owner != me:
-                worker, _, incarnation = owner.rpartition(".")
-                await self._bus.fence(subjects.chain(job.origin, worker, int(incarnation)), by=me)
-            await self._store.fenced(me, job.job_id, claim.epoch, owner)
+            await self._bus.fence(_chain_of(job, owner), by=self._me.owner)
+            await self._store.fenced(job.job_id, owner)
         runs: list[tuple[str, TokenRun]] = []
-        for owner in claim.chains:
-            worker, _, incarnation = owner.rpartition(".")
-            found = await self._bus.read_chain(subjects.chain(job.origin, worker, int(incarnation)), start_time_ms=job_start_ms(delivery))
+        for owner in {*claim.chains, *claim.unfenced, self._me.owner}:
+            found = await self._bus.read_chain(_chain_of(job, owner), start_time_ms=job_start_ms(delivery))
             runs += [(subject, run) for subject, _, frame in found for run in frame.runs if run.job_id == job.job_id]
         shown = fold(runs)
         log.info("job %s: taken over at epoch %d, %d tokens were shown", job.job_id, claim.epoch, len(shown.token_ids))
@@ -127,6 +141,11 @@ class Intake:
             return
         await self._jobs.until_available(lambda: self._bus.dead_letter(replace(letter, job_id=job_id), self._me.model))
         await self._hold(Job(job_id=job_id, origin=origin, model=self._me.model, text="-"), delivery, refusal=str(error))
+
+
+def _chain_of(job: Job, owner: str) -> str:
+    worker, _, incarnation = owner.rpartition(".")
+    return subjects.chain(job.origin, worker, int(incarnation))
 
 
 def job_start_ms(delivery: Delivery) -> int:

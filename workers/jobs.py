@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 
 from coordinator.bus import Bus
@@ -72,9 +72,13 @@ class Jobs:
         return sum(len(a.prompt_ids) for a in self._active.values() if a.phase is Phase.RUNNING and a.num_output == a.num_stored == 0)
 
     def owned(self) -> list[OwnedJob]:
-        """What to assert after Redis came back: everything but what a giver still owns."""
+        """What to assert after Redis lost data: what we emit for or commit. The rest is dropped: somebody else may own it by now."""
+        for active in self.all():
+            if active.phase in (Phase.OFFERED, Phase.IMPORTING):
+                self.forget(active)
+            active.is_swept = False
         return [OwnedJob(job_id=a.job.job_id, epoch=a.epoch, ack=a.ack_subject, origin=a.job.origin, model=a.job.model, chains=a.chains)
-                for a in self._active.values() if a.phase is not Phase.IMPORTING]
+                for a in self._active.values()]
 
     def add(self, active: ActiveJob) -> None:
         former = self._active.get(active.job.job_id)
@@ -150,10 +154,11 @@ class Jobs:
         """The last frame stands on the chain: final record, then acknowledge, then done. Each step may be repeated by anyone."""
         record = active.record()
         await self.until_available(lambda: self._bus.put_result(record))
+        # `done` before the acknowledgement: a crash in between leaves a message, and that brings somebody who cleans up.
+        await self.until_available(lambda: self._store.finish(self.me.owner, active.job.job_id))
         await self.until_available(lambda: self._bus.ack(active.ack_subject))
         self.num_finished += 1
         self.forget(active)
-        await self.until_available(lambda: self._store.finish(self.me.owner, active.job.job_id, active.epoch))
 
     async def until_available(self, call: Callable[[], Awaitable[object]]) -> None:
         """Repeat an idempotent call until the server it needs is back."""
@@ -173,14 +178,25 @@ class Jobs:
             self.forget(active)
         await self.emitter.flush()
         for active in held:
-            epoch: int | None = active.epoch
             if active.job.job_id in was_offered:
                 epoch = await self._store.take_back(self.me.owner, active.job.job_id, active.epoch)
-            if epoch is not None and await self._store.give_up(self.me.owner, active.job.job_id, epoch):
-                await self._bus.nak(active.ack_subject)
+                if epoch is None:
+                    continue
+                active.epoch = epoch
+            await self._give_up(active)
 
-    def _spawn(self, coroutine: Awaitable[None]) -> None:
-        task: asyncio.Task[None] = asyncio.ensure_future(coroutine)  # type: ignore[arg-type]
+    async def put_back(self, active: ActiveJob) -> None:
+        """One job back into the queue, for another owner to go on with."""
+        self.forget(active)
+        await self.emitter.flush()
+        await self._give_up(active)
+
+    async def _give_up(self, active: ActiveJob) -> None:
+        if await self._store.give_up(self.me.owner, active.job.job_id, active.epoch):
+            await self._bus.nak(active.ack_subject)
+
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

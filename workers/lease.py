@@ -13,20 +13,23 @@ log = logging.getLogger(__name__)
 
 
 class Lease:
-    """Renews every fifth of the lease time; after Redis was away, asserts what is owned and reports what was lost.
+    """Renews every fifth of the lease time; after Redis lost data, asserts what is owned.
 
+    owned       what to assert; called once per loss, drops what must not be asserted
+    on_lost     told the ids that are somebody else's by now
+    on_over     told once when this incarnation must end: others took from it
     `is_fresh` is false once the lease may have lapsed by this process' own monotonic clock: then take nothing new.
     """
 
     def __init__(self, store: Store, owner: str, info: Callable[[], dict[str, Any]], owned: Callable[[], list[OwnedJob]],
-                 on_lost: Callable[[set[str]], None]) -> None:
+                 on_lost: Callable[[set[str]], None], on_over: Callable[[], None]) -> None:
         self._store = store
         self._owner = owner
         self._info = info
         self._owned = owned
         self._on_lost = on_lost
+        self._on_over = on_over
         self._renewed_at = time.monotonic()
-        self._run = ""
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -46,14 +49,18 @@ class Lease:
 
     async def _renew(self) -> None:
         asked_at = time.monotonic()
-        is_registered, run = await self._store.renew(self._owner, self._info())
-        if not is_registered or run != (self._run or run):
+        state = await self._store.renew(self._owner, self._info())
+        if state == "assert":
             lost = await self._store.reassert(self._owner, self._info(), self._owned())
-            log.warning("Redis came back: asserted again, %d jobs lost to others", len(lost))
-            if lost:
+            if lost is None:
+                state = "over"
+            else:
+                log.warning("Redis had lost data: asserted again, %d jobs lost to others", len(lost))
                 self._on_lost(lost)
-        self._run = run
-        self._renewed_at = asked_at
+        if state == "over":
+            self._on_over()
+        else:
+            self._renewed_at = asked_at
 
     async def renew_now(self) -> None:
         """Publish fresh statistics at once; failing is harmless."""

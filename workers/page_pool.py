@@ -28,7 +28,7 @@ class PagePool:
     def allocate(self, count: int, *, after: int | None = None, expected: int = 0) -> list[int]:
         """`count` pages with one reference each, in token order.
 
-        `after` is the sequence's last page; without it (a new sequence) `expected` says how many pages it may grow to.
+        `after` is the sequence's last page, if it has one; `expected` says how many pages it may still take, these included.
         Raises PagesExhausted if fewer are free; then nothing was taken.
         """
         if count > self.num_free:
@@ -37,7 +37,7 @@ class PagePool:
         if count and after is not None:
             pages.extend(self._runs.take_at(after + 1, count))
         while len(pages) < count:
-            pages.extend(self._runs.take_from_largest(count - len(pages), expected))
+            pages.extend(self._runs.take_from_largest(count - len(pages), expected - len(pages)))
         for page in pages:
             self._references[page] = 1
         self.num_free -= count

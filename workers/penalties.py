@@ -48,7 +48,8 @@ class TokenCounts:
 
 
 def needs_adjusting(params: SamplingParams) -> bool:
-    return params.has_penalties or bool(params.allowed_token_ids) or params.min_new_tokens > 1 or params.exponential_decay_length_penalty[1] != 1.0
+    _, decay = params.exponential_decay_length_penalty
+    return params.has_penalties or bool(params.allowed_token_ids) or params.min_new_tokens > 1 or decay != 1.0
 
 
 def adjust(logits: Tensor, sequences: list[Sequence], counts: dict[int, TokenCounts], eos_ids: Seq[int]) -> None:
@@ -79,7 +80,8 @@ def _penalize(logits: Tensor, sequences: list[Sequence], counts: dict[int, Token
         lengths.append(len(row_ids))
     every = [sequences[row].params for row in counts]
     per_row = np.array([(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in every], dtype=np.float32)
-    repetition, frequency, presence = (torch.from_numpy(column).to(logits.device) for column in np.repeat(per_row, lengths, axis=0).T.copy())
+    per_entry = torch.from_numpy(np.repeat(per_row, lengths, axis=0)).to(logits.device)
+    repetition, frequency, presence = per_entry.unbind(1)
     index = torch.from_numpy(np.concatenate(ids)).to(logits.device)
     flat = logits.view(-1)
     seen = flat[index]

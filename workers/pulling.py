@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 
 from coordinator import subjects
 from coordinator.bus import Bus, Delivery, Puller
@@ -28,7 +28,7 @@ class Pulling:
     order as far as the room goes: a lower class is served only when nothing waits above it.
     """
 
-    def __init__(self, bus: Bus, consumers: list[str], room: Callable[[], int], handle: Callable[[Delivery], Awaitable[None]]) -> None:
+    def __init__(self, bus: Bus, consumers: list[str], room: Callable[[], int], handle: Callable[[Delivery], Coroutine[None, None, None]]) -> None:
         self._bus = bus
         self._consumers = consumers
         self._room = room
@@ -81,7 +81,7 @@ class Pulling:
     async def _take_up_forever(self) -> None:
         while True:
             delivery = await self._puller.next()
-            task: asyncio.Task[None] = asyncio.ensure_future(self._handle(delivery))  # type: ignore[arg-type]
+            task = asyncio.create_task(self._handle(delivery))
             self._taken_up.add(task)
             task.add_done_callback(self._done)
             self._should_probe = True

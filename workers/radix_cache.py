@@ -70,7 +70,8 @@ class RadixCache:
         """
         if not self._enabled:
             return
-        node, added = path[-1] if path else self._root, []
+        node = path[-1] if path else self._root
+        added: list[Node] = []
         for key in self._keys(token_ids, len(path), limit):
             index = len(path) + len(added)
             child = node.children.get(key)

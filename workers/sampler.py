@@ -98,7 +98,7 @@ def _filter(probs: Tensor, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
     top_k = _column([sequence.params.top_k if sequence.params.top_k > 0 else probs.shape[1] for sequence in sequences], probs)
     top_p = _column([sequence.params.top_p for sequence in sequences], probs)
     min_p = _column([sequence.params.min_p for sequence in sequences], probs)
-    ordered, order = candidates.sort(-1, descending=True, stable=True)
+    ordered, order = candidates.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ordered.shape[1], device=probs.device)
     ordered = ordered.where(rank < top_k, 0.0).double()
     total = ordered.cumsum(-1)
@@ -177,7 +177,7 @@ def _columns_of(block: Tensor, values: Tensor, padding: float = 0.0) -> tuple[Te
 def _by_block(values: Tensor) -> Tensor:
     """The maximum of each block [n, num_blocks]; the last block may be short."""
     whole = values.shape[1] // BLOCK * BLOCK
-    parts = [values[:, :whole].unflatten(1, (-1, BLOCK)).amax(-1)] if whole else []
+    parts = [values[:, :whole].view(len(values), -1, BLOCK).amax(-1)] if whole else []
     if whole < values.shape[1]:
         parts.append(values[:, whole:].amax(-1, keepdim=True))
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
@@ -185,7 +185,7 @@ def _by_block(values: Tensor) -> Tensor:
 
 def _block_sums(values: Tensor) -> Tensor:
     whole = values.shape[1] // BLOCK * BLOCK
-    parts = [values[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1)] if whole else []
+    parts = [values[:, :whole].view(len(values), -1, BLOCK).sum(-1)] if whole else []
     if whole < values.shape[1]:
         parts.append(values[:, whole:].sum(-1, keepdim=True))
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]

@@ -8,10 +8,11 @@ gives its pages back and is computed again later. Order is first come, first ser
 from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from math import inf, isfinite
+from math import isfinite
 from typing import Literal
 
 from coordinator.errors import PagesExhausted
+from workers.admission import NEVER, Projection, fits
 from workers.batch import ForwardBatch
 from workers.engine_messages import Failed, Imported, Pinned, Prefilled, Stats, TokenRow, Tokens
 from workers.page_pool import PagePool
@@ -176,7 +177,7 @@ class Scheduler:
         for sequence, token_id, logprob in zip(step.sampled, token_ids, logprobs, strict=True):
             if not isfinite(logprob):
                 self.cancel(sequence.job_id)
-                after.append(Failed(job_id=sequence.job_id, error=f"the model gave no number for the next token (log probability {logprob})"))
+                after.append(Failed(job_id=sequence.job_id, error=f"the model gave no next token (log probability {logprob})"))
                 continue
             sequence.token_ids.append(token_id)
             finish = sequence.finish_reason(self.settings.eos_ids)
@@ -272,8 +273,8 @@ class Scheduler:
             return
         sequence.state = State.IMPORTING
         sequence.page_table += self._allocate(sequence, wanted - matched)
-        copy = PageCopy(sequence=sequence, source=source, src_pages=list(source.page_ids[matched:]), dst_pages=sequence.page_table[matched:],
-                        num_tokens=source.num_tokens - matched * self.settings.page_size)
+        copy = PageCopy(sequence=sequence, source=source, num_tokens=source.num_tokens - matched * self.settings.page_size,
+                        src_pages=list(source.page_ids[matched:]), dst_pages=sequence.page_table[matched:])
         self._copies.append(copy)
         step.copies.append(copy)
 
@@ -283,46 +284,16 @@ class Scheduler:
     # ---- which pages ----
 
     def _fits(self, candidate: Sequence) -> bool:
-        """Whether the pool suffices at every moment from now on, if the candidate (its path matched and locked) joins.
-
-        Looked at just before each sequence's end: those that run on have grown by as many tokens, those that ended before it
-        have given back what only they used. Ends are late (prefill counted), growth is early, so the estimate is on the safe side.
-        """
-        sequences = [*self._active, candidate]
-        total, held = self.settings.num_pages, self.num_held_pages
-        growth = {sequence: self._growth(sequence) for sequence in sequences}
-        if held + sum(growth.values()) <= total:
-            return True
-        ends = self._ends(sequences)
-        own = {sequence: self._num_own_pages(sequence) if ends[sequence] < inf else 0 for sequence in sequences}
-        by_end = sorted(sequences, key=ends.__getitem__, reverse=True)
-        gone = sum(own.values())
-        grown = num_tokens = num_pages = 0
-        for count, sequence in enumerate(by_end, start=1):
-            end = ends[sequence]
-            grown += growth[sequence]
-            num_tokens += len(sequence.token_ids)
-            num_pages += self._num_pages(sequence)
-            gone -= own[sequence]
-            if count < len(by_end) and ends[by_end[count]] == end:
-                continue
-            by_then = grown if end == inf else min(grown, int(num_tokens + count * end) // self.settings.page_size + count - num_pages)
-            if held + by_then - gone > total:
-                return False
-        return True
-
-    def _ends(self, sequences: list[Sequence]) -> dict[Sequence, float]:
-        """In how many steps each will have ended, at the latest; never, for one that waits to be activated or will be pinned."""
-        ends: dict[Sequence, float] = {}
-        num_prefill_tokens = 0
+        """Whether the pool lasts to everybody's end if the candidate (its path matched and locked) joins."""
         per_step = min(self.settings.chunk_size, self.settings.max_batch_tokens - self.settings.max_num_seqs)
-        for sequence in sequences:
-            if self.settings.role == "prefill" or sequence.source is not None:
-                ends[sequence] = inf
-                continue
+        projections, num_prefill_tokens = [], 0
+        for sequence in (*self._active, candidate):
             num_prefill_tokens += sequence.num_pending - 1
-            ends[sequence] = sequence.num_remaining + num_prefill_tokens // per_step + 1
-        return ends
+            is_end_known = self.settings.role != "prefill" and sequence.source is None  # else it waits for a command, then or now
+            end = sequence.num_remaining + num_prefill_tokens // per_step + 1 if is_end_known else NEVER
+            projections.append(Projection(end=end, num_tokens=len(sequence.token_ids), num_pages=self._num_pages(sequence),
+                                          growth=self._growth(sequence), own_pages=self._num_own_pages(sequence) if is_end_known else 0))
+        return fits(projections, num_held=self.num_held_pages, num_pages=self.settings.num_pages, page_size=self.settings.page_size)
 
     def _growth(self, sequence: Sequence) -> int:
         """Pages that it may still take."""

@@ -125,7 +125,7 @@ def _check(num_prompt: int, token_ids: list[int], params: SamplingParams, limits
         if ids and max(ids) >= limits.vocab_size:
             raise InvalidField(name, f"token id {max(ids)} is not below the vocabulary size {limits.vocab_size}")
     if num_prompt >= limits.max_seq_len:
-        raise InvalidField("prompt_ids", f"{num_prompt} tokens leave no room for output: the longest sequence is {limits.max_seq_len} tokens")
+        raise InvalidField("prompt_ids", f"{num_prompt} tokens leave no room for output in the longest sequence of {limits.max_seq_len}")
     if num_prompt + params.max_new_tokens > limits.max_seq_len:
         raise InvalidField("max_new_tokens", f"{num_prompt} prompt tokens + {params.max_new_tokens} new ones are over "
                                              f"the longest sequence of {limits.max_seq_len} tokens")

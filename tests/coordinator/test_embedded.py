@@ -167,7 +167,7 @@ def test_a_missing_or_old_server_is_explained(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path / "none"))
     monkeypatch.setattr("importlib.metadata.files", lambda _: [])
-    with pytest.raises(ConfigError, match=r"no nats-server 2\.11 or newer \(.*nats-server is 2\.9\.10\): install it with .*--nats_url"):
+    with pytest.raises(ConfigError, match=r"no nats-server 2\.11 or newer found \(.*nats-server is 2\.9\.10\): install it with .*--nats_url"):
         EmbeddedServices(tmp_path / "state").start()
 
 

@@ -1,0 +1,116 @@
+"""LightLLM's API: POST /generate, /generate_stream, / (with `stream`), GET or POST /tokens."""
+
+import asyncio
+import random
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from coordinator.errors import InvalidField, JobFailed
+from coordinator.sampling import SamplingParams
+from producers.admission import split
+from producers.client import JobHandle
+from producers.event_stream import EventStream, open_while_connected
+from producers.http_errors import Json
+from producers.lightllm_shapes import StreamEvents, generate_object
+from producers.request_body import check_known, read_object
+from producers.shim import Shim, shim_of
+
+GENERATE_FIELDS = frozenset({"inputs", "parameters", "multimodal_params"})
+TOKENS_FIELDS = frozenset({"text", "parameters", "multimodal_params"})
+
+
+async def generate(request: Request) -> Response:
+    shim = shim_of(request)
+    return await _generate(shim, await read_object(request, shim.settings.max_body_bytes), request)
+
+
+async def generate_stream(request: Request) -> Response:
+    shim = shim_of(request)
+    return await _generate_stream(shim, await read_object(request, shim.settings.max_body_bytes))
+
+
+async def generate_either(request: Request) -> Response:
+    """`stream` in the body says which of the two."""
+    shim = shim_of(request)
+    body = await read_object(request, shim.settings.max_body_bytes)
+    is_stream = body.pop("stream", False)
+    if not isinstance(is_stream, bool):
+        raise InvalidField("stream", f"must be true or false, got {is_stream!r:.80}")
+    return await (_generate_stream(shim, body) if is_stream else _generate(shim, body, request))
+
+
+async def tokens(request: Request) -> Response:
+    """How many tokens a text has."""
+    shim = shim_of(request)
+    body = await read_object(request, shim.settings.max_body_bytes)
+    check_known(body, TOKENS_FIELDS)
+    _refuse_multimodal(body)
+    params = shim.admission.params(_object(body, "parameters"))
+    if not isinstance(body.get("text"), str):
+        raise InvalidField("text", "must be a string")
+    prompt_ids = await shim.admission.encode(body["text"], params, field="text")
+    return Json({"ntokens": len(prompt_ids)})
+
+
+async def _generate(shim: Shim, body: dict[str, Any], request: Request) -> Response:
+    params, prompt_ids, with_details = await _admit(shim, body)
+    handles: list[JobHandle] = []
+    async with open_while_connected(request.receive, handles, shim.spawn):
+        for child in split(params, random.getrandbits(64)):
+            handles.append(await _submit(shim, prompt_ids, child))
+        results = await asyncio.gather(*(handle.result() for handle in handles))
+    for result in results:
+        if result.reason not in ("stop", "length"):
+            raise JobFailed(result.job_id, result.reason, result.error)
+    answer = generate_object(results, shim.admission.tokenizer, num_prompt_tokens=len(prompt_ids), with_details=with_details)
+    return Json(answer, headers={"X-Job-Id": ", ".join(result.job_id for result in results)})
+
+
+async def _generate_stream(shim: Shim, body: dict[str, Any]) -> Response:
+    params, prompt_ids, _ = await _admit(shim, body)
+    if params.n != 1:
+        raise InvalidField("best_of", f"must be 1 for a stream, got {params.n}")
+    handle = await _submit(shim, prompt_ids, split(params, random.getrandbits(64))[0])
+    return EventStream(handle, StreamEvents(shim.admission.tokenizer.special_ids, len(prompt_ids)), shim.spawn)
+
+
+async def _submit(shim: Shim, prompt_ids: tuple[int, ...], params: SamplingParams) -> JobHandle:
+    return await shim.client.submit(prompt_ids, params, klass=shim.settings.job_class)
+
+
+async def _admit(shim: Shim, body: dict[str, Any]) -> tuple[SamplingParams, tuple[int, ...], bool]:
+    """(parameters, prompt ids, whether details are wanted)."""
+    check_known(body, GENERATE_FIELDS)
+    _refuse_multimodal(body)
+    if "inputs" not in body:
+        raise InvalidField("inputs", "is missing")
+    given = _object(body, "parameters")
+    with_details = given.pop("return_details", None) or False
+    if not isinstance(with_details, bool):
+        raise InvalidField("return_details", f"must be true or false, got {with_details!r:.80}")
+    params = shim.admission.params(given)
+    return params, await shim.admission.prompt(body["inputs"], params), with_details
+
+
+def _object(body: dict[str, Any], name: str) -> dict[str, Any]:
+    given = body.get(name)
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise InvalidField(name, "must be an object")
+    return given
+
+
+def _refuse_multimodal(body: dict[str, Any]) -> None:
+    if any(_object(body, "multimodal_params").values()):
+        raise InvalidField("multimodal_params", "images and audio are not supported: this model takes text only")
+
+
+router = APIRouter()
+router.add_route("/generate", generate, methods=["POST"])
+router.add_route("/generate_stream", generate_stream, methods=["POST"])
+router.add_route("/", generate_either, methods=["POST"])
+router.add_route("/tokens", tokens, methods=["GET", "POST"])

@@ -1,0 +1,75 @@
+"""LightLLM's answers, byte for byte: `/generate`'s object and `/generate_stream`'s events."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from coordinator.messages import Finish, TokenRun
+from coordinator.tokenizer import Tokenizer
+from producers.client import JobResult
+
+NO_TOKEN = -1  # the id in an event that ends a stream without another token
+
+
+def generate_object(results: Sequence[JobResult], tokenizer: Tokenizer, *, num_prompt_tokens: int, with_details: bool) -> dict[str, Any]:
+    """`generated_text` is always a list; the other fields are lists only for several answers."""
+    is_single = len(results) == 1
+
+    def one_or_all(values: list[Any]) -> Any:
+        return values[0] if is_single else values
+
+    answer = {
+        "generated_text": [result.text for result in results],
+        "count_output_tokens": one_or_all([len(result.token_ids) for result in results]),
+        "finish_reason": one_or_all([result.reason for result in results]),
+        "prompt_tokens": num_prompt_tokens,
+    }
+    if with_details:
+        answer["tokens"] = one_or_all([_details(result, tokenizer, num_prompt_tokens) for result in results])
+    return answer
+
+
+def _details(result: JobResult, tokenizer: Tokenizer, num_prompt_tokens: int) -> list[dict[str, Any]]:
+    details = []
+    cumlogprob = 0.0
+    for i, (token_id, logprob, text) in enumerate(zip(result.token_ids, result.logprobs, result.texts, strict=True), start=1):
+        cumlogprob += logprob
+        details.append({
+            "id": token_id, "logprob": logprob, "cumlogprob": cumlogprob, "special": tokenizer.is_special(token_id),
+            "count_output_tokens": i, "prompt_tokens": num_prompt_tokens, "prompt_cache_len": result.cached_tokens, "text": text})
+    return details
+
+
+class StreamEvents:
+    """Encodes one stream. An event is `data:{json}` and an empty line, without a space and without a closing `[DONE]`."""
+
+    def __init__(self, special_ids: frozenset[int], num_prompt_tokens: int) -> None:
+        self._special_ids = special_ids
+        self._num_prompt_tokens = num_prompt_tokens
+
+    def encode(self, run: TokenRun) -> bytes:
+        """The events of a run, its end included."""
+        last = len(run.token_ids) - 1
+        events = bytearray()
+        for i, token_id in enumerate(run.token_ids):
+            finish = run.finish if i == last else None
+            events += self._event(token_id, run.texts[i], run.logprobs[i], run.first_index + i + 1, finish)
+        return bytes(events)
+
+    def end(self, finish: Finish, num_tokens: int) -> bytes:
+        """For a stream that ends without another token."""
+        return self._event(NO_TOKEN, "", None, num_tokens, finish)
+
+    def _event(self, token_id: int, text: str, logprob: float | None, count: int, finish: Finish | None) -> bytes:
+        event: dict[str, Any] = {
+            "token": {"id": token_id, "text": text, "logprob": logprob, "special": token_id in self._special_ids,
+                      "count_output_tokens": count, "prompt_tokens": self._num_prompt_tokens},
+            "generated_text": None,
+            "finished": finish is not None,
+            "finish_reason": None if finish is None else finish.reason,
+            "details": None,
+        }
+        if finish is not None and finish.reason not in ("stop", "length"):
+            event["message"] = finish.error or f"the job ended as {finish.reason}"
+        return b"data:%b\n\n" % orjson.dumps(event)

@@ -1,0 +1,62 @@
+"""Settings of the REST shim, and the flags that map onto them. Nothing else reads flags."""
+
+import argparse
+from dataclasses import dataclass, fields
+from typing import Any
+
+from coordinator.messages import CLASSES, JobClass
+from coordinator.subjects import DEFAULT_MAX_QUEUED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestSettings:
+    """What one REST shim needs. Names are those of the flags."""
+
+    nats_url: str
+    redis_url: str
+    model_dir: str
+    model_name: str = "default_model_name"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_req_total_len: int = 16384             # tokens of one request, prompt and output
+    max_body_bytes: int = 4 * 1024 * 1024
+    max_queued: int = DEFAULT_MAX_QUEUED       # jobs per class before clients get 429
+    job_class: JobClass = "normal"
+    shutdown_grace_s: float = 10.0             # after SIGTERM, for answers that are being sent
+    access_log: bool = False
+    log_level: str = "warning"
+
+
+_HELP = {
+    "nats_url": "where the queue is",
+    "redis_url": "where Redis or Valkey is",
+    "model_dir": "folder with config.json and the tokenizer; no weights are read",
+    "model_name": "name of the model; names the queue too",
+    "host": "address to bind",
+    "port": "port to bind; 0 picks a free one",
+    "max_req_total_len": "most tokens of one request, prompt and output",
+    "max_body_bytes": "largest request body",
+    "max_queued": "jobs per class, waiting or running, before clients get 429",
+    "job_class": "class of the jobs that come in here",
+    "shutdown_grace_s": "seconds that running answers get after SIGTERM",
+    "access_log": "one line per request",
+    "log_level": "debug, info, warning or error",
+}
+_CHOICES: dict[str, tuple[str, ...]] = {"job_class": CLASSES, "log_level": ("debug", "info", "warning", "error")}
+_REQUIRED = ("nats_url", "redis_url", "model_dir")
+
+
+def parse(argv: list[str] | None) -> RestSettings:
+    """Exits with status 2 on flags that cannot be parsed."""
+    parser = argparse.ArgumentParser(prog="producers.rest", description="REST door of a tokenmill farm.", allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in fields(RestSettings):
+        options: dict[str, Any] = {"help": _HELP[f.name]}
+        if f.name in _REQUIRED:
+            options["required"] = True
+        elif isinstance(f.default, bool):
+            options["action"] = "store_true"
+        else:
+            options |= {"default": f.default, "type": type(f.default), "choices": _CHOICES.get(f.name)}
+        parser.add_argument(f"--{f.name}", *([f"--{f.name.replace('_', '-')}"] if "_" in f.name else []), **options)
+    return RestSettings(**vars(parser.parse_args(argv)))

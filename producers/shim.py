@@ -1,0 +1,81 @@
+"""What all API routers of one REST process share: the client, the limits, the health of the farm."""
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any, Self
+
+from fastapi import FastAPI
+from starlette.requests import Request
+
+from coordinator.errors import Unavailable
+from coordinator.store import WorkerView
+from coordinator.tokenizer import Tokenizer
+from producers.admission import Admission, model_defaults
+from producers.client import TokenmillClient
+from producers.settings import RestSettings
+
+VIEW_FRESH_S = 0.5    # health checks may come from many sides: one look serves them all for this long
+PING_TIMEOUT_S = 1.0
+
+
+class Shim:
+    """One per process, in `app.state.shim`. `open` connects, `close` lets go."""
+
+    def __init__(self, settings: RestSettings, admission: Admission, client: TokenmillClient) -> None:
+        self.settings = settings
+        self.admission = admission
+        self.client = client
+        self._background: set[asyncio.Task[None]] = set()
+        self._view: tuple[float, list[WorkerView]] | None = None
+        self._view_turn = asyncio.Lock()
+
+    @classmethod
+    async def open(cls, settings: RestSettings) -> Self:
+        """Raises ConfigError, Unavailable."""
+        defaults = model_defaults(settings.model_dir)
+        tokenizer = await asyncio.to_thread(Tokenizer.from_dir, settings.model_dir)
+        admission = Admission(tokenizer=tokenizer, defaults=defaults, max_req_total_len=settings.max_req_total_len)
+        client = await TokenmillClient.connect(settings.nats_url, settings.redis_url, model=settings.model_name,
+                                               max_queued=settings.max_queued)
+        return cls(settings, admission, client)
+
+    async def close(self) -> None:
+        if self._background:
+            await asyncio.wait(self._background, timeout=PING_TIMEOUT_S)
+        await self.client.close()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let something go on after its request has ended."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def live_workers(self) -> list[WorkerView]:
+        """This model's workers whose lease holds. Raises Unavailable when NATS or Redis does not answer."""
+        assert self.client.store is not None
+        async with self._view_turn:
+            if self._view is None or time.monotonic() > self._view[0] + VIEW_FRESH_S:
+                if not self.client.bus.is_connected:
+                    raise Unavailable("NATS cannot be reached")
+                await self.client.bus.flush(PING_TIMEOUT_S)
+                views = await self.client.store.workers(self.client.model)
+                self._view = (time.monotonic(), [view for view in views if view.is_alive])
+            return self._view[1]
+
+    async def what_is_missing(self) -> str | None:
+        """None when a job that came now would be answered."""
+        try:
+            roles = {view.role for view in await self.live_workers()}
+        except Unavailable as error:
+            return str(error)
+        if "both" in roles or {"prefill", "decode"} <= roles:
+            return None
+        missing = [role for role in ("prefill", "decode") if role not in roles]
+        return f"no live worker of role {' and none of role '.join(missing)} (nor of role both) for model {self.settings.model_name}"
+
+
+def shim_of(request: Request) -> Shim:
+    app: FastAPI = request.app
+    shim: Shim = app.state.shim
+    return shim

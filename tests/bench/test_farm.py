@@ -1,0 +1,59 @@
+"""The farm bench's own logic, against a server with known behaviour and a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import farm
+from bench.farm_process import FarmFailed, running_farm
+from bench.tiny_model import write_tiny_model
+from bench.transformers_peer import TransformersPeer
+from tests.bench.scripted_server import lightllm_stream, refusal, serving
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text('{"vocab_size": 1000}')
+    return write_tiny_model(folder / "tiny", tokenizer_from=folder)
+
+
+def test_every_section_has_a_row_with_a_bar(tiny_model: Path, tmp_path: Path) -> None:
+    with serving(lambda number, body: lightllm_stream(body)) as server:
+        given = ["--url", server.url.removesuffix("/generate_stream"), "--model_dir", str(tiny_model), "--out", str(tmp_path / "r")]
+        status = farm.main([*given, "--rounds", "1", "--num_threads", "1"])
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert status == (0 if all(row["met"] for row in report["rows"]) else 1)
+    names = [row["name"] for row in report["rows"]]
+    assert names[0] == "single stream vs transformers.generate"
+    assert "16 clients vs single stream" in names and "first token of a 512-token prompt" in names
+    assert "equal in 0 of 1 rounds" in report["rows"][0]["note"]  # the server makes its ids up, and the report says so
+    prompts = [tuple(body["inputs"]) for body in server.bodies]
+    assert len(set(prompts)) == len(prompts)  # a prefix cache could not help
+    assert sorted({len(prompt) for prompt in prompts}) == [64, 512]
+
+
+def test_a_server_that_refuses_gives_no_figures(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(lambda number, body: refusal(429, "queue full")) as server:
+        url = server.url.removesuffix("/generate_stream")
+        status = farm.main(["--url", url, "--model_dir", str(tiny_model), "--sections", "many", "--out", str(tmp_path / "r")])
+    assert status == 2 and "429" in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_the_peer_generates_exactly_as_many_tokens_as_asked_for(tiny_model: Path) -> None:
+    threads = torch.get_num_threads()
+    peer = TransformersPeer(tiny_model, num_threads=1)
+    seconds, ids = peer.generate([5, 6, 7], 20)
+    assert len(ids) == 20 and seconds > 0
+    assert peer.generate([5, 6, 7], 20)[1] == ids
+    assert peer.prefill([5, 6, 7]) > 0
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.services
+def test_a_farm_that_cannot_start_says_why(tmp_path: Path) -> None:
+    with pytest.raises(FarmFailed, match="nowhere"), running_farm(tmp_path / "nowhere", tmp_path / "state", num_threads=1, ready_s=60):
+        pass

@@ -1,0 +1,236 @@
+"""Leases and claims on a real Redis: docs/protocol.md, transition by transition."""
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import redis.asyncio as redis
+
+from coordinator.embedded import EmbeddedServices
+from coordinator.errors import Unavailable
+from coordinator.store import Claim, OwnedJob, Store, owner_name
+
+pytestmark = pytest.mark.services
+LEASE_S = 0.4
+INFO = {"role": "both", "model": "m"}
+
+
+@pytest.fixture
+async def store(redis_url: str) -> AsyncIterator[Store]:
+    store = Store(redis_url, lease_s=LEASE_S)
+    await store.found()
+    yield store
+    await store.close()
+
+
+async def register(store: Store, worker: str) -> str:
+    incarnation, _ = await store.register(worker, INFO)
+    return owner_name(worker, incarnation)
+
+
+async def claim(store: Store, owner: str, job: str = "j", seq: int = 1, **more: Any) -> Claim:
+    return await store.claim(owner, job, ack=f"ack.{job}", origin="o", model="m", stream_seq=seq, **more)
+
+
+async def lapse(store: Store, owner: str, *others: str) -> None:
+    """Wait until this owner's lease is over by the server's clock; the others keep renewing."""
+    while any(owner_name(v.worker, v.incarnation) == owner and v.is_alive for v in await store.workers()):
+        for other in others:
+            assert await store.renew(other, INFO) == "ok"
+
+
+async def lose_everything(url: str) -> None:
+    async with redis.Redis.from_url(url) as client:
+        await client.flushall()
+
+
+async def test_a_job_has_one_living_owner(store: Store) -> None:
+    a, b = await register(store, "a"), await register(store, "b")
+    first = await claim(store, a)
+    assert (first.state, first.chains, first.unfenced) == ("granted", (), ())
+    assert (await claim(store, b)).state == "owned"
+
+
+async def test_an_owner_whose_claim_got_no_answer_is_granted_its_job_again(store: Store) -> None:
+    a = await register(store, "a")
+    first, again = await claim(store, a), await claim(store, a)
+    assert again.state == "granted" and again.epoch > first.epoch and again.unfenced == ()
+
+
+async def test_a_lapsed_owners_job_is_taken_and_its_chain_must_be_fenced_by_whoever_claims_next(store: Store) -> None:
+    a, b, c = await register(store, "a"), await register(store, "b"), await register(store, "c")
+    first = await claim(store, a)
+    await lapse(store, a, b, c)
+    second = await claim(store, b)
+    assert second.state == "granted" and second.epoch > first.epoch
+    assert second.unfenced == (a,) and second.chains == (a,) and second.times_taken == 1
+    await lapse(store, b, c)  # b died before it fenced a
+    third = await claim(store, c)
+    assert set(third.unfenced) == {a, b} and third.times_taken == 2
+    await store.fenced("j", a)
+    assert (await store.job("j"))["unfenced"] == b
+
+
+async def test_an_owner_from_whom_a_job_was_taken_can_never_renew(store: Store) -> None:
+    a, b = await register(store, "a"), await register(store, "b")
+    await claim(store, a)
+    await lapse(store, a, b)
+    await claim(store, b)
+    assert await store.renew(a, INFO) == "over"
+
+
+async def test_a_lease_that_lapsed_unnoticed_may_be_renewed(store: Store) -> None:
+    a, b = await register(store, "a"), await register(store, "b")
+    await claim(store, a)
+    await lapse(store, a, b)
+    assert await store.renew(a, INFO) == "ok"
+    assert (await claim(store, b)).state == "owned"
+
+
+async def test_a_lapsed_worker_may_not_claim(store: Store) -> None:
+    a, b = await register(store, "a"), await register(store, "b")
+    await lapse(store, a, b)
+    assert (await claim(store, a)).state == "lapsed"
+
+
+async def test_hand_over_is_a_compare_and_set_and_the_giver_is_not_fenced(store: Store) -> None:
+    p, d, e = await register(store, "p"), await register(store, "d"), await register(store, "e")
+    epoch = (await claim(store, p)).epoch
+    assert await store.take("j", epoch, giver=p, taker=d) == (True, False)
+    assert await store.take("j", epoch, giver=p, taker=d) == (True, False), "the retry of a take whose answer was lost"
+    assert await store.take("j", epoch, giver=p, taker=e) == (False, False)
+    await lapse(store, d, p, e)
+    taken = await claim(store, e)
+    assert taken.unfenced == (d,) and set(taken.chains) == {p, d}
+
+
+async def test_taking_back_voids_the_handle_that_is_out(store: Store) -> None:
+    p, d = await register(store, "p"), await register(store, "d")
+    epoch = (await claim(store, p)).epoch
+    back = await store.take_back(p, "j", epoch)
+    assert back is not None and back > epoch
+    assert await store.take("j", epoch, giver=p, taker=d) == (False, False)
+    assert await store.take("j", back, giver=p, taker=d) == (True, False)
+    assert await store.take_back(p, "j", back) is None
+
+
+async def test_a_job_given_up_is_claimed_without_fencing_the_giver(store: Store) -> None:
+    a, b = await register(store, "a"), await register(store, "b")
+    epoch = (await claim(store, a)).epoch
+    assert await store.give_up(a, "j", epoch)
+    assert not await store.give_up(a, "j", epoch)
+    second = await claim(store, b)
+    assert second.state == "granted" and second.unfenced == () and second.chains == (a,)
+    assert await store.renew(a, INFO) == "ok"
+
+
+async def test_a_finished_job_is_done_for_everybody_and_owned_by_nobody(store: Store) -> None:
+    a, b = await register(store, "a"), await register(store, "b")
+    await claim(store, a)
+    await store.finish(a, "j")
+    assert (await claim(store, b)).state == "done"
+    assert [view.num_owned for view in await store.workers()] == [0, 0]
+    assert not await store.cancel("j")
+
+
+async def test_a_cancel_before_the_claim_reaches_the_claimant_and_the_taker(store: Store) -> None:
+    p, d = await register(store, "p"), await register(store, "d")
+    assert await store.cancel("j")
+    assert (await claim(store, p)).is_cancelled
+    epoch = (await claim(store, p, "k")).epoch
+    await store.cancel("k")
+    assert await store.take("k", epoch, giver=p, taker=d) == (True, True)
+
+
+async def test_after_redis_was_emptied_nobody_takes_before_one_lease_and_owners_assert(store: Store, redis_url: str) -> None:
+    a = await register(store, "a")
+    epoch = (await claim(store, a)).epoch
+    await lose_everything(redis_url)
+    assert await store.renew(a, INFO) == "assert"
+    b = await register(store, "b")
+    assert (await claim(store, b)).state == "wait"
+    owned = OwnedJob(job_id="j", epoch=epoch, ack="ack.j", origin="o", model="m", chains=(a,))
+    assert await store.reassert(a, INFO, [owned]) == set()
+    assert (await claim(store, b)).state == "owned"
+    assert await store.take("j", epoch, giver=a, taker=b) == (False, False), "an asserted job is not handed over before a sweep"
+
+
+async def test_after_the_grace_a_job_nobody_asserted_is_claimed_with_the_roster_of_this_era(store: Store, redis_url: str) -> None:
+    zombie = await register(store, "zombie")
+    await claim(store, zombie)
+    await lose_everything(redis_url)
+    b = await register(store, "b")
+    asked = await claim(store, b)
+    while asked.state == "wait":
+        await store.renew(b, INFO)
+        asked = await claim(store, b)
+    assert asked.state == "need_roster"
+    assert (await claim(store, b, roster=[zombie, b], roster_era="another")).state == "need_roster"
+    granted = await claim(store, b, roster=[zombie, b], roster_era=asked.era)
+    assert granted.state == "granted" and granted.unfenced == (zombie,) and granted.chains == (zombie,)
+    assert await store.renew(zombie, INFO) == "over"
+    assert await store.reassert(zombie, INFO, []) is None
+
+
+async def test_a_job_younger_than_the_era_needs_neither_grace_nor_roster(store: Store, redis_url: str) -> None:
+    await lose_everything(redis_url)
+    _, floor_era = await store.register("a", INFO)
+    b = await register(store, "b")
+    await store.set_floor(floor_era, 10)
+    assert (await claim(store, b, "old", seq=10)).state == "wait"
+    young = await claim(store, b, "young", seq=11)
+    assert young.state == "granted" and young.unfenced == ()
+
+
+async def test_of_two_asserters_the_later_epoch_wins_and_the_other_is_fenced_next(store: Store, redis_url: str) -> None:
+    a, b = await register(store, "a"), await register(store, "b")
+    early = (await claim(store, a)).epoch
+    await lose_everything(redis_url)
+    await store.renew(a, INFO)
+    jobs = [OwnedJob(job_id="j", epoch=epoch, ack="ack", origin="o", model="m", chains=(o,)) for o, epoch in ((a, early), (b, early + 5))]
+    assert await store.reassert(a, INFO, jobs[:1]) == set()
+    assert await store.reassert(b, INFO, jobs[1:]) == set()
+    assert (await store.job("j"))["owner"] == b and (await store.job("j"))["unfenced"] == a
+    assert await store.reassert(a, INFO, jobs[:1]) == {"j"}
+
+
+async def test_a_restarted_redis_is_a_new_era(own_services: EmbeddedServices) -> None:
+    store = Store(own_services.redis_url, lease_s=30.0)
+    await store.found()
+    a = await register(store, "a")
+    epoch = (await claim(store, a)).epoch
+    own_services.restart_redis()
+    deadline = time.monotonic() + 10
+    state = ""
+    while not state and time.monotonic() < deadline:
+        try:
+            state = await store.renew(a, INFO)
+        except Unavailable:
+            continue
+    assert state == "assert"
+    assert await store.reassert(a, INFO, [OwnedJob(job_id="j", epoch=epoch, ack="x", origin="o", model="m", chains=(a,))]) == set()
+    await store.close()
+
+
+async def test_the_watcher_sees_what_a_lapsed_owner_held_and_nothing_of_the_living(store: Store) -> None:
+    a, b = await register(store, "a"), await register(store, "b")
+    await claim(store, a)
+    assert await store.orphans(a) == [] and not await store.bury(a)
+    await lapse(store, a, b)
+    assert await store.orphans(a) == [("j", "ack.j")]
+    assert await store.bury(a)
+    assert await store.renew(a, INFO) == "over"
+    assert (await claim(store, b)).unfenced == (a,)
+
+
+async def test_one_leads_at_a_time(store: Store) -> None:
+    assert await store.lead("watch", "x", 30.0) and await store.lead("watch", "x", 30.0)
+    assert not await store.lead("watch", "y", 30.0)
+
+
+async def test_a_redis_that_is_not_there_is_unavailable_within_a_second() -> None:
+    store = Store("redis://127.0.0.1:1")
+    with pytest.raises(Unavailable):
+        await store.renew("a.1", INFO)
+    await store.close()

@@ -1,0 +1,224 @@
+"""Weights from safetensors files: checked against what the model needs, converted on the way, read by several threads.
+
+Files are mapped, so a tensor that nobody asks for is never read. Every name in the checkpoint must be used or be known to carry
+nothing for us; every name that the model needs must be there in its shape.
+"""
+
+import hashlib
+import json
+import os
+import re
+import struct
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from coordinator.errors import ConfigError
+from workers.model_config import ModelConfig
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SCALE_SUFFIX = "_scale_inv"            # beside each fp8 weight: float32 scales, one per block
+MAX_HEADER_BYTES = 100 * 1024 * 1024   # the format's own limit
+HASHED_SAMPLE_BYTES = 64 * 1024        # of the data at each end of a file
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
+
+Progress = Callable[[int, int], None]  # (loaded bytes, total bytes)
+_Item = TypeVar("_Item")
+_Built = TypeVar("_Built")
+
+
+class Stored(NamedTuple):
+    """One tensor as a file's header tells it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        count = DTYPE_BYTES.get(self.dtype, 0)
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class Checkpoint:
+    """The weights of `model_dir`, handed out as tensors of `dtype` on `device`. Safe to use from many threads.
+
+    Raises ConfigError: from the constructor for files that are missing, cut off or not safetensors, from the reading methods for
+    tensors that are missing or of another shape, from `finish` for tensors that nobody read.
+    """
+
+    def __init__(self, model_dir: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None = None) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._dir = model_dir
+        self._fp8_block = config.fp8_block
+        self._stored = {name: stored for name, stored in _stored_tensors(model_dir).items() if not _carries_nothing(name, config)}
+        self._unread = set(self._stored)
+        self._total_bytes = sum(stored.num_bytes for stored in self._stored.values())
+        self._loaded_bytes = 0
+        self._progress = progress or (lambda loaded, total: None)
+        self._handles: dict[Path, Any] = {}
+        self._lock = threading.Lock()
+
+    def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor `name`, which must have `shape`."""
+        return self.stacked([name], list(shape), dtype=dtype)
+
+    def stacked(self, names: Sequence[str], shape: list[int], *, rows: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Several tensors one below the other in one of `shape`; `rows` tells how the first dimension is split among them."""
+        out = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        for name, part in zip(names, out.split(list(rows or shape[:1])), strict=True):
+            self.fill(part, name)
+        return out
+
+    def fill(self, out: Tensor, name: str) -> None:
+        """Copy the tensor `name` into `out`, which has its shape."""
+        stored = self._stored.get(name)
+        if stored is None:
+            raise ConfigError(f"{self._dir}: tensor {name} is missing")
+        if stored.shape != tuple(out.shape):
+            raise ConfigError(f"{stored.file}: tensor {name} has shape {list(stored.shape)}, the model needs {list(out.shape)}")
+        if stored.dtype == "F8_E4M3":
+            out.copy_(self._dequantized(name, stored))
+        elif stored.dtype in DTYPE_BYTES:
+            out.copy_(self._mapped(name, stored))
+        else:
+            raise ConfigError(f"{stored.file}: tensor {name} is of type {stored.dtype}, supported are {', '.join(DTYPE_BYTES)}")
+        self._count(name, stored)
+
+    def build(self, make: Callable[[_Item], _Built], items: Iterable[_Item], num_threads: int) -> list[_Built]:
+        """[make(item) for item in items] with `num_threads` threads; the first error cancels the rest."""
+        pool = ThreadPoolExecutor(max_workers=max(1, num_threads), thread_name_prefix="load")
+        try:
+            return list(pool.map(make, items))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def finish(self) -> None:
+        """Check that everything was used, and unmap the files."""
+        self._handles.clear()
+        if self._unread:
+            names = sorted(self._unread)
+            raise ConfigError(f"{self._dir}: {len(names)} tensors that the model does not know, the first: {', '.join(names[:3])}")
+
+    def _mapped(self, name: str, stored: Stored) -> Tensor:
+        with self._lock:
+            handle = self._handles.get(stored.file)
+            if handle is None:
+                handle = self._handles[stored.file] = safe_open(stored.file, framework="pt", device="cpu")  # type: ignore[no-untyped-call]
+            tensor: Tensor = handle.get_tensor(name)  # a view of the mapped file: no bytes are read yet
+            return tensor
+
+    def _dequantized(self, name: str, stored: Stored) -> Tensor:
+        """e4m3 values times the scale of their block."""
+        scales = self._stored.get(name + SCALE_SUFFIX)
+        if self._fp8_block is None or scales is None or len(stored.shape) != 2:
+            raise ConfigError(f"{stored.file}: {name} is fp8, but it or config.json's quantization_config lacks what block scales need")
+        (rows, columns), (block_rows, block_columns) = stored.shape, self._fp8_block
+        if scales.shape != (-(-rows // block_rows), -(-columns // block_columns)):
+            raise ConfigError(f"{stored.file}: {name}{SCALE_SUFFIX} has shape {list(scales.shape)}, which does not cover {list(stored.shape)}")
+        scale = self._mapped(name + SCALE_SUFFIX, scales).float()
+        self._count(name + SCALE_SUFFIX, scales)
+        by_element = scale.repeat_interleave(block_rows, 0)[:rows].repeat_interleave(block_columns, 1)[:, :columns]
+        return self._mapped(name, stored).float().mul_(by_element)
+
+    def _count(self, name: str, stored: Stored) -> None:
+        with self._lock:
+            self._unread.discard(name)
+            self._loaded_bytes += stored.num_bytes
+            self._progress(self._loaded_bytes, self._total_bytes)
+
+
+def weights_hash(model_dir: Path) -> str:
+    """16 hex digits that differ when the model's numbers differ, without reading them all.
+
+    Covers config.json and, of each weight file, name, size, header and a sample of the data at both ends.
+    """
+    digest = hashlib.sha256()
+    try:
+        config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+        digest.update(json.dumps(config, sort_keys=True).encode())
+        for path in _weight_files(model_dir):
+            size = path.stat().st_size
+            digest.update(f"\n{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(_read_header(path))
+                digest.update(file.read(8 + HASHED_SAMPLE_BYTES))
+                file.seek(max(0, size - HASHED_SAMPLE_BYTES))
+                digest.update(file.read())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{model_dir}: {error}") from None
+    return digest.hexdigest()[:16]
+
+
+def _carries_nothing(name: str, config: ModelConfig) -> bool:
+    """Tensors that some checkpoints hold and that inference does not use."""
+    if name.endswith("rotary_emb.inv_freq") or (config.is_tied and name == "lm_head.weight"):
+        return True
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return layer is not None and int(layer[1]) >= config.num_layers  # multi-token prediction modules stand behind the last layer
+
+
+def _weight_files(model_dir: Path) -> list[Path]:
+    if (model_dir / INDEX).exists():
+        return sorted({model_dir / file for file in _weight_map(model_dir).values()})
+    if (model_dir / SINGLE).exists():
+        return [model_dir / SINGLE]
+    raise ConfigError(f"{model_dir}: neither {INDEX} nor {SINGLE} is there")
+
+
+def _weight_map(model_dir: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads((model_dir / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{model_dir / INDEX}: {type(error).__name__} {error}") from None
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) and f == os.path.basename(f) for f in weight_map.values()):
+        raise ConfigError(f"{model_dir / INDEX}: weight_map must map tensor names to names of files in the same folder")
+    return weight_map
+
+
+def _stored_tensors(model_dir: Path) -> dict[str, Stored]:
+    stored: dict[str, Stored] = {}
+    for path in _weight_files(model_dir):
+        header = _parse_header(path)
+        for name, entry in header.items():
+            stored[name] = Stored(path, entry["dtype"], tuple(entry["shape"]))
+    if (model_dir / INDEX).exists():
+        absent = sorted(_weight_map(model_dir).keys() - stored.keys())
+        if absent:
+            raise ConfigError(f"{model_dir}: {INDEX} names {len(absent)} tensors that no file holds, the first: {absent[0]}")
+    return stored
+
+
+def _parse_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> {dtype, shape, data_offsets}. Raises ConfigError if the file is not safetensors or was cut off."""
+    raw = _read_header(path)
+    try:
+        safe_open(path, framework="pt", device="cpu")  # type: ignore[no-untyped-call]  # checks offsets, sizes and that nothing is cut off
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    header: dict[str, dict[str, Any]] = json.loads(raw)
+    header.pop("__metadata__", None)
+    return header
+
+
+def _read_header(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER_BYTES + 1
+            raw = file.read(length) if length <= MAX_HEADER_BYTES else b""
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    if not raw or len(raw) < length:
+        raise ConfigError(f"{path}: not a safetensors file")
+    return raw

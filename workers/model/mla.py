@@ -1,0 +1,91 @@
+"""Multi-head latent attention (DeepSeek-V2, section 2.1): the cache holds one latent per token, shared by all heads.
+
+A prefill chunk decompresses keys and values of every head from the latents. A decode step would decompress the whole context for
+one query; instead W_UK is absorbed into the query and W_UV into the output, and attention runs on the latents themselves.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.ops import Ops
+from kernels.plan import DecodeGroup
+from workers.loader import Checkpoint
+from workers.model.rope import pair_neighbours, softmax_scale
+from workers.model.step import Step
+from workers.model_config import MlaConfig, ModelConfig
+
+LATENT_NORM_EPS = 1e-6  # the published models' own, apart from the config's rms_norm_eps
+
+
+class MlaAttention:
+    """H heads of nope + rope query dimensions; a latent of R + rope numbers per token."""
+
+    def __init__(self, weights: Checkpoint, prefix: str, config: ModelConfig, ops: Ops) -> None:
+        mla = config.mla
+        assert mla is not None
+        self._ops = ops
+        self._mla = mla
+        self._head_dim = config.head_dim
+        self._scale = softmax_scale(config.rope, config.head_dim)
+        self._latent_norm = weights.tensor(f"{prefix}.kv_a_layernorm.weight", mla.kv_lora_rank)
+        self._read_down(weights, prefix, config, mla)
+        per_head = mla.nope_dim + mla.v_dim
+        kv_b = weights.tensor(f"{prefix}.kv_b_proj.weight", config.num_heads * per_head, mla.kv_lora_rank)
+        self._kv_b = kv_b.unflatten(0, (config.num_heads, per_head))                       # [H, nope + v, R]
+        self._w_uk, self._w_uv = self._kv_b.split((mla.nope_dim, mla.v_dim), 1)
+        o_bias = weights.tensor(f"{prefix}.o_proj.bias", config.hidden_size) if config.has_o_bias else None
+        o = weights.tensor(f"{prefix}.o_proj.weight", config.hidden_size, config.num_heads * mla.v_dim)
+        self._o = ops.make_linear(o, o_bias)
+
+    def __call__(self, x: Tensor, step: Step, cache: Tensor) -> Tensor:
+        ops, plan, mla = self._ops, step.plan, self._mla
+        q, latent = self._down(x).tensor_split((self._q_width,), -1)
+        if mla.q_lora_rank is not None:
+            q = self._q_b(ops.rms_norm(q, self._q_norm, LATENT_NORM_EPS))
+        q = q.unflatten(-1, (-1, self._head_dim))
+        rotated = latent[:, mla.kv_lora_rank :]
+        ops.rotate_(q[..., mla.nope_dim :], step.rotation)
+        ops.rotate_(rotated.unsqueeze(1), step.rotation)
+        normed = ops.rms_norm(latent[:, : mla.kv_lora_rank], self._latent_norm, LATENT_NORM_EPS)
+        ops.store_mla(torch.cat((normed, rotated), -1), cache, step.slots)
+        out = torch.empty(*q.shape[:2], mla.v_dim, dtype=q.dtype, device=q.device)
+        for group in plan.groups:
+            rows = slice(None) if group.rows is None else group.rows
+            out[rows] = self._decode(q[rows], cache, group)
+        for chunk in plan.chunks:
+            out[chunk.start : chunk.end] = ops.mla_chunk(q[chunk.start : chunk.end], cache, chunk, self._kv_b, self._scale)
+        return self._o(out.flatten(1))
+
+    def _decode(self, q: Tensor, cache: Tensor, group: DecodeGroup) -> Tensor:
+        """q [N, H, nope + rope] -> [N, H, v]"""
+        q_nope, q_rope = q.split((self._mla.nope_dim, self._mla.rope_dim), -1)
+        absorbed = torch.bmm(q_nope.transpose(0, 1), self._w_uk).transpose(0, 1)            # [N, H, R]
+        attended = self._ops.mla_decode(torch.cat((absorbed, q_rope), -1), cache, group, self._scale, self._mla.kv_lora_rank)
+        return torch.bmm(attended.transpose(0, 1), self._w_uv.transpose(1, 2)).transpose(0, 1)
+
+    def _read_down(self, weights: Checkpoint, prefix: str, config: ModelConfig, mla: MlaConfig) -> None:
+        """The first product of the layer gives the queries (or their latent) and the new cache row at once."""
+        q_rows = config.num_heads * config.head_dim
+        kv_rows = mla.kv_lora_rank + mla.rope_dim
+        is_low_rank = mla.q_lora_rank is not None
+        self._q_width = mla.q_lora_rank or q_rows
+        rows = (self._q_width, kv_rows)
+        names = [f"{prefix}.{'q_a_proj' if is_low_rank else 'q_proj'}", f"{prefix}.kv_a_proj_with_mqa"]
+        down = weights.stacked([f"{name}.weight" for name in names], [sum(rows), config.hidden_size], rows=rows)
+        bias = None
+        if config.has_qkv_bias:  # of the two latents' projections; a full-rank q_proj has none
+            bias = torch.zeros(sum(rows), dtype=down.dtype, device=down.device)
+            for name, part in list(zip(names, bias.split(rows), strict=True))[0 if is_low_rank else 1 :]:
+                weights.fill(part, f"{name}.bias")
+            bias[self._q_width :] = self._reordered(bias[self._q_width :], 1, config)
+        down[self._q_width :] = self._reordered(down[self._q_width :], 1, config)
+        if is_low_rank:
+            q_b = weights.tensor(f"{prefix}.q_b_proj.weight", q_rows, self._q_width)
+            self._q_b = self._ops.make_linear(self._reordered(q_b, config.num_heads, config), None)
+            self._q_norm = weights.tensor(f"{prefix}.q_a_layernorm.weight", self._q_width)
+        else:
+            down[: self._q_width] = self._reordered(down[: self._q_width], config.num_heads, config)
+        self._down = self._ops.make_linear(down, bias)
+
+    def _reordered(self, weight: Tensor, num_heads: int, config: ModelConfig) -> Tensor:
+        return pair_neighbours(weight.unflatten(0, (num_heads, -1)), config.rope).flatten(0, 1)
