@@ -21,18 +21,18 @@ from bench.farm_process import FarmFailed, running_farm
 from bench.http_stream import Target
 from bench.machine import describe_machine, machine_line, usable_cores
 from bench.report import Row, render_table, write_report
-from bench.tiny_model import MAX_TOKENS, write_tiny_model
 from bench.transformers_peer import TransformersPeer
 from bench.workload import vocab_size_of
 from coordinator.errors import TokenmillError
 from workers.demo_model import fetch_demo
+from workers.random_model import write_random_model
 from workers.settings import EngineSettings
 
 DEMO_DIR = Path("models/smollm2-135m-instruct")
 RESULTS = Path("bench/results/farm_cpu")
 SECTIONS = ("single", "many", "first", "queue")
 TITLE = "tokenmill on CPU"
-TINY_POOL_TOKENS = 65_536
+TINY_POOL_TOKENS, TINY_MAX_TOKENS = 65_536, 2048
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -82,21 +82,21 @@ class Bench:
         return rows
 
     def _queue_rows(self) -> list[Row]:
-        """One thread for each engine: two of them wait for work at the same time."""
-        model_dir = write_tiny_model(self._scratch / "tiny", tokenizer_from=self._arguments.model_dir)
+        """A random Llama so small that what is left of a request is the way there and back. One thread for each of the two engines."""
+        model_dir = write_random_model(self._scratch / "tiny", "llama")
         prompts = farm_figures.Prompts(vocab_size_of(model_dir), self._arguments.seed)
         num_requests = self._arguments.queue_requests
         step = self._step("queue path", num_requests + num_requests // 10)
         settings = EngineSettings(
             model_dir=str(model_dir), model_name="tiny", role="both", num_threads=1,
-            max_total_token_num=TINY_POOL_TOKENS, max_req_total_len=MAX_TOKENS,
+            max_total_token_num=TINY_POOL_TOKENS, max_req_total_len=TINY_MAX_TOKENS,
         )  # fmt: skip
 
         async def measure(url: str) -> list[Row]:
             async with running_engine(settings) as engine:
                 return await farm_figures.queue_path(Target.parse(url + farm_figures.LIGHTLLM.path), engine, prompts, num_requests, step)
 
-        flags = ["--max_total_token_num", str(TINY_POOL_TOKENS), "--max_req_total_len", str(MAX_TOKENS)]
+        flags = ["--max_total_token_num", str(TINY_POOL_TOKENS), "--max_req_total_len", str(TINY_MAX_TOKENS)]
         with self._farm("tiny farm", model_dir, num_threads=1, flags=flags) as url:
             return asyncio.run(measure(url))
 

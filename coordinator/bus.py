@@ -104,7 +104,8 @@ class Bus(Connection):
 
     async def last_job_seq(self) -> int:
         """Stream sequence of the youngest job."""
-        info = await self.retry(lambda attempt_s: self.api(f"STREAM.INFO.{subjects.JOBS}", timeout_s=attempt_s), READ_DEADLINE_S, "state of JOBS")
+        info = await self.retry(lambda attempt_s: self.api(f"STREAM.INFO.{subjects.JOBS}", timeout_s=attempt_s),
+                                READ_DEADLINE_S, "state of stream JOBS")
         return int(info["state"]["last_seq"])
 
     async def counters(self, model: str) -> Counters:

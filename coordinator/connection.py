@@ -410,9 +410,9 @@ class Connection:
             logger.debug("NATS connection %s: %s", self.name, self._last_error)
 
     async def _lost(self) -> None:
-        self._connected.clear()
         if self._is_closing:
             return
+        self._connected.clear()
         self._lost_at = time.monotonic()
         logger.warning("NATS connection %s: lost, reconnecting to %s", self.name, self.url)
         self._fail_requests(Unavailable("the connection to NATS was lost"))

@@ -48,15 +48,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--insecure", action="store_true", help="allow a bind address that is not loopback, without keys or TLS")
 
     add = parser.add_argument_group("engine").add_argument
-    add("--device", default="auto", help="cpu, cuda or cuda:N (default: cpu unless a GPU path is there)")
+    add("--device", default="cpu", help="where the math runs (this version: cpu)")
     add("--data_type", default="auto", choices=["auto", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16"],
         help="of weights and KV cache (default: float32 on CPU, the checkpoint's own on GPU)")
     add("--max_req_total_len", type=int, default=16384, help="most tokens of one request, prompt and output (default: %(default)s)")
     add("--max_total_token_num", type=int, default=0, help="tokens the KV pool holds (default: from --mem_fraction)")
-    add("--mem_fraction", type=float, default=0.0, help="share of free memory for weights and KV pool (default: 0.9 on GPU, 0.2 on CPU)")
-    add("--running_max_req_size", type=int, default=0, help="sequences running at once (default: 1000 on GPU, 64 on CPU)")
-    add("--chunked_prefill_size", type=int, default=0, help="tokens of one prefill step (default: 8192 on GPU, 512 on CPU)")
-    add("--page_size", type=int, default=0, help="tokens of one KV page (default: 64 on GPU, 16 on CPU)")
+    add("--mem_fraction", type=float, default=0.9, help="share of free memory to use; on CPU half of it, at most 4 GiB, is the KV pool (default: %(default)s)")
+    add("--running_max_req_size", type=int, default=0, help="sequences running at once (default: 64 on CPU)")
+    add("--chunked_prefill_size", type=int, default=0, help="tokens of one prefill step (default: 512 on CPU)")
+    add("--page_size", type=int, default=0, help="tokens of one KV page (default: 16 on CPU)")
     add("--num_threads", type=int, default=0, help="CPU threads for the math of one worker (default: all cores)")
     add("--disable_dynamic_prompt_cache", action="store_true", help="no prefix cache")
     add("--disable_cudagraph", action="store_true", help="decode without CUDA graphs (there are none on CPU)")
@@ -106,6 +106,7 @@ def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[st
         "--enable_fa3": flags.enable_fa3,
         "--enable_prefill_microbatch_overlap": flags.enable_prefill_microbatch_overlap,
         "--enable_decode_microbatch_overlap": flags.enable_decode_microbatch_overlap,
+        f"--device {flags.device}": flags.device != "cpu",
         f"--mtp_mode {flags.mtp_mode}": flags.mtp_mode is not None,
         f"--mtp_step {flags.mtp_step}": flags.mtp_step != 0,
         f"MOE_MODE={environment.get('MOE_MODE')}": environment.get("MOE_MODE", "TP") != "TP",

@@ -26,10 +26,10 @@ def main(argv: list[str]) -> int:
     flags = parser.parse_args(argv)
     try:
         if flags.nats_url and flags.redis_url:
-            found = {"nats_url": flags.nats_url, "redis_url": flags.redis_url, "model": model_token(flags.model_name)}
+            found = {"nats_url": flags.nats_url, "redis_url": flags.redis_url, "model_name": flags.model_name}
         else:
             found = _ask_shim(flags.url)
-        report = asyncio.run(collect(found["nats_url"], found["redis_url"], found["model"]))
+        report = asyncio.run(collect(found["nats_url"], found["redis_url"], model_token(found["model_name"])))
     except TokenmillError as error:
         print(f"tokenmill status: {error}", file=sys.stderr)
         return 1

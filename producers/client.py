@@ -36,6 +36,8 @@ from producers.job_stream import JobStream
 
 log = logging.getLogger(__name__)
 
+SUBMIT_TIMEOUT_S = 5.0
+
 
 @dataclass(frozen=True, slots=True)
 class Token:
@@ -169,8 +171,9 @@ class JobHandle:
 class TokenmillClient:
     """A producer. Make it with `connect`; it is an async context manager."""
 
-    def __init__(self, bus: Bus, store: Store | None, *, model: str, origin: str) -> None:
+    def __init__(self, bus: Bus, store: Store | None, *, model: str, origin: str, submit_timeout_s: float = SUBMIT_TIMEOUT_S) -> None:
         self.bus = bus
+        self.submit_timeout_s = submit_timeout_s
         self.store = store
         self.model = subjects.model_token(model)
         self.origin = check_id("origin", origin)
@@ -179,23 +182,28 @@ class TokenmillClient:
 
     @classmethod
     async def connect(cls, nats_url: str, redis_url: str | None = None, *, model: str = "default_model_name", origin: str = "",
-                      max_queued: int = subjects.DEFAULT_MAX_QUEUED) -> Self:
+                      max_queued: int | None = None, connect_timeout_s: float = 10.0, submit_timeout_s: float = SUBMIT_TIMEOUT_S) -> Self:
         """Connect, make sure that the streams exist, and listen. Without Redis, cancelling reaches only jobs that are running.
 
-        Raises Unavailable.
+        `max_queued` bounds the jobs of a class for the whole farm (None: leave the bound that is there). `submit_timeout_s` is how
+        long a submit rides out a broker that is away. Raises Unavailable.
         """
         origin = origin or f"producer-{uuid.uuid4().hex[:12]}"
-        bus = await Bus.connect(nats_url, name=origin)
-        client = cls(bus, Store(redis_url) if redis_url else None, model=model, origin=origin)
-        await client.start(max_queued=max_queued)
+        bus = await Bus.connect(nats_url, name=origin, timeout_s=connect_timeout_s)
+        client = cls(bus, Store(redis_url) if redis_url else None, model=model, origin=origin, submit_timeout_s=submit_timeout_s)
+        try:
+            await client.start(max_queued=max_queued)
+        except BaseException:
+            await client.close()
+            raise
         return client
 
-    async def start(self, *, max_queued: int = subjects.DEFAULT_MAX_QUEUED) -> None:
+    async def start(self, *, max_queued: int | None = None) -> None:
         """Raises Unavailable."""
         is_new_farm = await self.bus.provision(self.model, max_queued=max_queued)
         if is_new_farm and self.store is not None:
             await self.store.found()
-        await self.bus.subscribe(subjects.live(self.origin), self._on_frame, on_gap=self.catch_up.gap)
+        self._live = await self.bus.subscribe(subjects.live(self.origin), self._on_frame, on_gap=self.catch_up.gap)
         self.catch_up.start()
 
     async def close(self) -> None:
@@ -243,7 +251,7 @@ class TokenmillClient:
         # Frames of a new job come after all that were seen until now; a job submitted again may have some anywhere.
         handle = self._open[job.job_id] = JobHandle(self, job, self.catch_up.last_seq if job_id is None else 0)
         try:
-            await self.bus.publish_job(job)
+            await self.bus.publish_job(job, deadline_s=self.submit_timeout_s)
         except Unavailable:
             self.forget(job.job_id)
             with contextlib.suppress(Unavailable):  # it may have been stored all the same: then nobody waits for it

@@ -72,5 +72,5 @@ async def _on_disconnect(request: Request, error: Exception) -> Response:
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    log.exception("%s %s", request.method, request.url.path, exc_info=error)
+    # The server logs the traceback.
     return Json({"message": "internal error; the log has the details"}, status_code=500)

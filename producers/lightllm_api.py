@@ -60,7 +60,7 @@ async def _generate(shim: Shim, body: dict[str, Any], request: Request) -> Respo
     handles: list[JobHandle] = []
     async with open_while_connected(request.receive, handles, shim.spawn):
         for child in split(params, random.getrandbits(64)):
-            handles.append(await _submit(shim, prompt_ids, child))
+            await _submit(shim, prompt_ids, child, handles)
         results = await asyncio.gather(*(handle.result() for handle in handles))
     for result in results:
         if result.reason not in ("stop", "length"):
@@ -73,12 +73,14 @@ async def _generate_stream(shim: Shim, body: dict[str, Any]) -> Response:
     params, prompt_ids, _ = await _admit(shim, body)
     if params.n != 1:
         raise InvalidField("best_of", f"must be 1 for a stream, got {params.n}")
-    handle = await _submit(shim, prompt_ids, split(params, random.getrandbits(64))[0])
-    return EventStream(handle, StreamEvents(shim.admission.tokenizer.special_ids, len(prompt_ids)), shim.spawn)
+    handles: list[JobHandle] = []
+    await _submit(shim, prompt_ids, split(params, random.getrandbits(64))[0], handles)
+    return EventStream(handles[0], StreamEvents(shim.admission.tokenizer.special_ids, len(prompt_ids)), shim.spawn)
 
 
-async def _submit(shim: Shim, prompt_ids: tuple[int, ...], params: SamplingParams) -> JobHandle:
-    return await shim.client.submit(prompt_ids, params, klass=shim.settings.job_class)
+async def _submit(shim: Shim, prompt_ids: tuple[int, ...], params: SamplingParams, handles: list[JobHandle]) -> None:
+    """Appends to `handles`, so that what was submitted before a failure can be taken back."""
+    handles.append(await shim.client.submit(prompt_ids, params, klass=shim.settings.job_class))
 
 
 async def _admit(shim: Shim, body: dict[str, Any]) -> tuple[SamplingParams, tuple[int, ...], bool]:

@@ -3,10 +3,12 @@
 Stateless: any number of these may run. Each API is a router in a file of its own; tokens on their way to a client touch no model class.
 """
 
+import asyncio
 import contextlib
 import logging
+import math
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,13 +19,17 @@ from producers import http_errors, lightllm_api, service_api
 from producers.settings import RestSettings, parse
 from producers.shim import Shim
 
-log = logging.getLogger(__name__)
+try:
+    import uvloop
+except ImportError:  # Windows
+    uvloop = None  # type: ignore[assignment]
 
+BACKLOG = 4096
 ROUTERS = (service_api.router, lightllm_api.router)
 
 
 def create_app(settings: RestSettings) -> FastAPI:
-    """Connects when it starts (lifespan); raises there what Shim.open raises."""
+    """For any ASGI server. Connects when it starts (lifespan); raises there what Shim.open raises."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -33,6 +39,10 @@ def create_app(settings: RestSettings) -> FastAPI:
         finally:
             await shim.close()
 
+    return _build(lifespan)
+
+
+def _build(lifespan: Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]] | None) -> FastAPI:
     app = FastAPI(title="tokenmill", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     http_errors.install(app)
     for router in ROUTERS:
@@ -40,25 +50,33 @@ def create_app(settings: RestSettings) -> FastAPI:
     return app
 
 
-def make_server(settings: RestSettings) -> uvicorn.Server:
-    """The web server, not yet listening. SIGTERM lets running answers end, for `shutdown_grace_s`."""
-    return uvicorn.Server(uvicorn.Config(
-        create_app(settings), host=settings.host, port=settings.port, loop="auto", http="httptools", ws="none",
-        access_log=settings.access_log, log_level=settings.log_level, log_config=None, server_header=False, date_header=False,
-        timeout_graceful_shutdown=int(settings.shutdown_grace_s), backlog=4096))
+async def serve(settings: RestSettings) -> None:
+    """Until SIGTERM or SIGINT; running answers then get `shutdown_grace_s` to end. Raises ConfigError, Unavailable."""
+    shim = await Shim.open(settings)
+    try:
+        app = _build(None)
+        app.state.shim = shim
+        await uvicorn.Server(uvicorn.Config(
+            app, host=settings.host, port=settings.port, http="httptools", ws="none", lifespan="off", access_log=settings.access_log,
+            log_level=settings.log_level, log_config=None, server_header=False, backlog=BACKLOG,
+            timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_s))).serve()
+    finally:
+        await shim.close()
 
 
 def main(argv: list[str] | None = None) -> int:
     lifeline.hold_on()
     settings = parse(argv)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    server = make_server(settings)
+    run = asyncio.run if uvloop is None else uvloop.run
     try:
-        server.run()
+        run(serve(settings))
     except TokenmillError as error:
         print(f"REST shim: {error}", file=sys.stderr)
         return 1
-    return 0 if server.started else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ class RestSettings:
     max_body_bytes: int = 4 * 1024 * 1024
     max_queued: int = DEFAULT_MAX_QUEUED       # jobs per class before clients get 429
     job_class: JobClass = "normal"
+    submit_timeout_s: float = 5.0              # how long a request rides out a broker that is away, before 503
     shutdown_grace_s: float = 10.0             # after SIGTERM, for answers that are being sent
     access_log: bool = False
     log_level: str = "warning"
@@ -38,6 +39,7 @@ _HELP = {
     "max_body_bytes": "largest request body",
     "max_queued": "jobs per class, waiting or running, before clients get 429",
     "job_class": "class of the jobs that come in here",
+    "submit_timeout_s": "seconds that a request rides out a broker that is away, before 503",
     "shutdown_grace_s": "seconds that running answers get after SIGTERM",
     "access_log": "one line per request",
     "log_level": "debug, info, warning or error",

@@ -37,7 +37,7 @@ class Shim:
         tokenizer = await asyncio.to_thread(Tokenizer.from_dir, settings.model_dir)
         admission = Admission(tokenizer=tokenizer, defaults=defaults, max_req_total_len=settings.max_req_total_len)
         client = await TokenmillClient.connect(settings.nats_url, settings.redis_url, model=settings.model_name,
-                                               max_queued=settings.max_queued)
+                                               max_queued=settings.max_queued, submit_timeout_s=settings.submit_timeout_s)
         return cls(settings, admission, client)
 
     async def close(self) -> None:

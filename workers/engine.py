@@ -28,7 +28,6 @@ import torch
 from coordinator.errors import ConfigError, InvalidField, LayoutMismatch, PagesExhausted
 from coordinator.messages import KVLayout
 from coordinator.sampling import SamplingParams
-from workers.batch import ForwardBatch
 from workers.channel import BlockingChannel
 from workers.engine_messages import (
     Activate,
@@ -50,9 +49,10 @@ from workers.engine_messages import (
     encode,
 )
 from workers.engine_sizes import choose_sizes
+from workers.kv_cache import check_same_layout
 from workers.model_config import ModelConfig
 from workers.model_runner import ModelRunner
-from workers.page_copier import PageCopier, check_layout
+from workers.page_copier import PageCopier
 from workers.sampler import Sampler
 from workers.scheduler import PageCopy, Scheduler, SchedulerSettings, Step
 from workers.sequence import Limits, Sequence, open_sequence
@@ -87,7 +87,7 @@ class Engine:
         self._inbox = inbox
         self._send = send
         self._sampler = Sampler(sorted(scheduler.settings.eos_ids))
-        self._copier = PageCopier(runner.kv_cache, runner.attach, lambda copy, error: inbox.put(CopyDone(copy, error)))
+        self._copier = PageCopier(runner.kv_cache, lambda copy, error: inbox.put(CopyDone(copy, error)))
         self._last_stats: Stats | None = None
         self._stats_sent_at = 0.0
         self._are_stats_due = True  # a sequence ended: tell without waiting for the interval
@@ -120,7 +120,7 @@ class Engine:
                 self._add(command)
             case ImportSequence():
                 try:
-                    check_layout(self._layout, command.layout)
+                    check_same_layout(self._layout, command.layout)
                 except LayoutMismatch as error:
                     self._send(Imported(job_id=command.job_id, ok=False, error=str(error)))
                 else:
@@ -171,14 +171,10 @@ class Engine:
 
     def warm_up(self) -> None:
         """Run every operation once, so that the first request does not pay for lazy set-up. Leaves nothing behind but page 0's bytes."""
-        params = (SamplingParams(), SamplingParams(do_sample=True, seed=1, temperature=0.7, top_p=0.9, top_k=20, repetition_penalty=1.1))
-        sequences = [Sequence(job_id="warm-up", token_ids=[0] * 4, num_prompt=4, params=p, max_kv_tokens=4) for p in params]
-        for query_len in (4, 1):
-            batch = ForwardBatch(token_ids=[0] * query_len, positions=list(range(4 - query_len, 4)), query_lens=[query_len], seq_lens=[4],
-                                 slot_mapping=[position % self._scheduler.settings.page_size for position in range(4 - query_len, 4)],
-                                 page_tables=[[0] * 4], logit_rows=[query_len - 1])
-            logits = self._runner.forward(batch)
-        self._sampler.sample(logits.repeat(2, 1), sequences)
+        self._runner.warmup()
+        params = SamplingParams(do_sample=True, seed=1, temperature=0.7, top_p=0.9, top_k=20, repetition_penalty=1.1, input_penalty=True)
+        sequences = [Sequence(job_id="warm-up", token_ids=[0], num_prompt=1, params=p, max_kv_tokens=1) for p in (SamplingParams(), params)]
+        self._sampler.sample(torch.randn(len(sequences), self._limits.vocab_size, device=self._runner.device), sequences)
 
 
 def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None]) -> Engine:

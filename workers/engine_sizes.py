@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from coordinator.errors import ConfigError
+from workers.kv_cache import bytes_per_page
 from workers.model_config import ModelConfig
 from workers.settings import EngineSettings
 
@@ -43,7 +44,7 @@ def choose_sizes(settings: EngineSettings, config: ModelConfig) -> EngineSizes:
     page_size = settings.page_size or (CPU_PAGE_SIZE if is_cpu else GPU_PAGE_SIZE)
     num_pages = settings.max_total_token_num // page_size
     if not settings.max_total_token_num:
-        num_pages = _pool_bytes(settings, is_cpu) // (config.num_layers * config.kv_row * dtype.itemsize * page_size)
+        num_pages = _pool_bytes(settings, is_cpu) // bytes_per_page(config, page_size, dtype)
     if num_pages < 1:
         raise ConfigError(f"max_total_token_num {settings.max_total_token_num}, mem_fraction {settings.mem_fraction:g}: "
                           f"no room for a KV page of {page_size} tokens")

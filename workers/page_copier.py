@@ -3,32 +3,19 @@
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import fields
-from typing import Protocol
+from collections.abc import Callable
 
-from coordinator.errors import LayoutMismatch
-from coordinator.messages import KVLayout
+from workers.kv_cache import KVCache
 from workers.scheduler import PageCopy
-from workers.sequence import ImportSource
 
 log = logging.getLogger(__name__)
-
-
-class Pool(Protocol):
-    """What the copier needs of a KV cache."""
-
-    def copy_pages_from(self, other: "Pool", src_pages: Sequence[int], dst_pages: Sequence[int], num_tokens: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class PageCopier:
     """One copy at a time, in order. `on_done(copy, error)` is called from the copying thread; error is "" if all went well."""
 
-    def __init__(self, pool: Pool, attach: Callable[[ImportSource], Pool], on_done: Callable[[PageCopy, str], None]) -> None:
+    def __init__(self, pool: KVCache, on_done: Callable[[PageCopy, str], None]) -> None:
         self._pool = pool
-        self._attach = attach
         self._on_done = on_done
         self._waiting: queue.SimpleQueue[PageCopy] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="page copier", daemon=True).start()
@@ -51,15 +38,5 @@ class PageCopier:
 
     def _copy(self, copy: PageCopy) -> None:
         # Mapped anew each time: an address names a process id and a descriptor, and both may mean another pool a moment later.
-        source = self._attach(copy.source)
-        try:
-            self._pool.copy_pages_from(source, copy.src_pages, copy.dst_pages, copy.num_tokens)
-        finally:
-            source.close()
-
-
-def check_layout(ours: KVLayout, theirs: KVLayout) -> None:
-    """Raises LayoutMismatch naming the first field that differs."""
-    for field in fields(KVLayout):
-        if getattr(ours, field.name) != getattr(theirs, field.name):
-            raise LayoutMismatch(field.name, getattr(ours, field.name), getattr(theirs, field.name))
+        source = KVCache.attach(copy.source.address, copy.source.num_pages, copy.source.layout)
+        self._pool.copy_pages_from(source, copy.src_pages, copy.dst_pages, copy.num_tokens)

@@ -60,6 +60,7 @@ class Step:
     sampled: list[Sequence] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
     imported: list[Imported] = field(default_factory=list)
+    is_pool_short: bool = False  # a sequence was preempted: nobody new comes in before the next step
 
 
 class Scheduler:
@@ -235,7 +236,7 @@ class Scheduler:
                     step.chunks[sequence] = count
 
     def _admit(self, step: Step) -> None:
-        while self._waiting and self._may_admit and len(self._active) < self.settings.max_num_seqs:
+        while self._waiting and self._may_admit and not step.is_pool_short and len(self._active) < self.settings.max_num_seqs:
             sequence = self._waiting[0]
             if sequence.source is None and self._budget(step) <= 0:
                 return
@@ -297,7 +298,7 @@ class Scheduler:
 
     def _growth(self, sequence: Sequence) -> int:
         """Pages that it may still take."""
-        return sequence.num_max_pages(self.settings.page_size) - self._num_pages(sequence)
+        return max(0, sequence.num_max_pages(self.settings.page_size) - self._num_pages(sequence))
 
     def _num_pages(self, sequence: Sequence) -> int:
         return len(sequence.page_table) or len(sequence.path)
@@ -314,6 +315,7 @@ class Scheduler:
         while self.pool.num_free + self.cache.num_evictable < missing:
             victim = next(other for other in reversed(self._active) if other.state is State.RUNNING)
             self._preempt(victim)
+            step.is_pool_short = True
             step.chunks.pop(victim, None)
             if victim is sequence:
                 return False

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 
 from coordinator import lifeline
 from coordinator.bus import Bus
-from coordinator.errors import TokenmillError, Unavailable
+from coordinator.errors import ConfigError, TokenmillError, Unavailable
 from coordinator.store import Store
 from coordinator.subjects import model_token
 from coordinator.tokenizer import Tokenizer
@@ -26,6 +26,7 @@ from workers.settings import EngineSettings, WorkerSettings
 log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
+CONFIG_STATUS = 2   # starting again would not help
 NO_STATS = Stats(free_pages=0, total_pages=0, cached_pages=0, held_pages=0, pinned=0, running=0, waiting=0, importing=0, free_tokens=1)
 
 
@@ -75,7 +76,10 @@ class Worker:
                     bar.update(event.loaded_bytes, event.total_bytes)
                 elif isinstance(event, Ready):
                     return event
-        raise TokenmillError(f"the engine ended while loading (status {await asyncio.to_thread(engine.process.wait)})")
+        status = await asyncio.to_thread(engine.process.wait)
+        if status == CONFIG_STATUS:
+            raise ConfigError("the engine refused its settings")  # it said which
+        raise TokenmillError(f"the engine ended while loading (status {status})")
 
     async def _until_provisioned(self, bus: Bus, store: Store) -> None:
         while not self._stopping.is_set():
@@ -129,11 +133,11 @@ def _parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
     add("--model_dir", required=True)
     add("--model_name", default="default_model_name")
     add("--worker_id", default="")
-    add("--device", default="auto")
+    add("--device", default="cpu")
     add("--data_type", default="auto")
     add("--page_size", type=int, default=0)
     add("--max_total_token_num", type=int, default=0)
-    add("--mem_fraction", type=float, default=0.0)
+    add("--mem_fraction", type=float, default=0.9)
     add("--max_req_total_len", type=int, default=16384)
     add("--running_max_req_size", type=int, default=0)
     add("--chunked_prefill_size", type=int, default=0)
@@ -141,6 +145,7 @@ def _parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
     add("--load_workers", type=int, default=1)
     add("--disable_dynamic_prompt_cache", action="store_true")
     add("--max_queued", type=int, default=10_000)
+    add("--lease_s", type=float, default=5.0, help="a worker silent for this long is taken for dead")
     add("--drain_timeout", type=float, default=30.0)
     add("--log_level", default="warning")
     flags = parser.parse_args(argv)
@@ -153,7 +158,7 @@ def _parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
         use_prefix_cache=not flags.disable_dynamic_prompt_cache)
     worker_id = flags.worker_id or f"{flags.role}-{os.getpid()}"
     return WorkerSettings(nats_url=flags.nats_url, redis_url=flags.redis_url, worker_id=worker_id, engine=engine,
-                          drain_timeout_s=flags.drain_timeout, max_queued=flags.max_queued), flags.log_level
+                          drain_timeout_s=flags.drain_timeout, max_queued=flags.max_queued, lease_s=flags.lease_s), flags.log_level
 
 
 async def _run(settings: WorkerSettings) -> int:
@@ -180,7 +185,7 @@ async def _guarded(settings: WorkerSettings) -> int:
         return await _run(settings)
     except TokenmillError as error:
         print(f"worker {settings.worker_id}: {error}", file=sys.stderr)
-        return 1
+        return CONFIG_STATUS if isinstance(error, ConfigError) else 1
 
 
 if __name__ == "__main__":

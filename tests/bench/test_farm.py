@@ -8,16 +8,14 @@ import torch
 
 from bench import farm
 from bench.farm_process import FarmFailed, running_farm
-from bench.tiny_model import write_tiny_model
 from bench.transformers_peer import TransformersPeer
 from tests.bench.scripted_server import lightllm_stream, refusal, serving
+from workers.random_model import write_random_model
 
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "config.json").write_text('{"vocab_size": 1000}')
-    return write_tiny_model(folder / "tiny", tokenizer_from=folder)
+    return write_random_model(tmp_path_factory.mktemp("model"), "llama")
 
 
 def test_every_section_has_a_row_with_a_bar(tiny_model: Path, tmp_path: Path) -> None:

@@ -66,9 +66,11 @@ async def test_streams_and_consumers_have_the_settings_that_the_protocol_rests_o
     assert (out["retention"], out["allow_direct"], out["republish"]) == ("limits", True, {"src": "out.>", "dest": "live.>"})
     assert out["max_age"] == 3600 * 10**9 and int(str(out["max_bytes"])) > 0
     assert roster["max_msgs_per_subject"] == 1
-    assert all((await config(stream))["storage"] == "file" for stream in ("JOBS", "HANDOFF", "OUT", "RESULTS", "DLQ", "ROSTER"))
+    for stream in (subjects.JOBS, subjects.HANDOFF, subjects.OUT, subjects.RESULTS, subjects.DLQ, subjects.ROSTER):
+        assert (await config(stream))["storage"] == "file"   # memory streams vanish with the server
     consumer = (await bus.api(f"CONSUMER.INFO.JOBS.jobs-{model}-batch-any"))["config"]
-    assert (consumer["ack_policy"], consumer["ack_wait"], consumer["max_ack_pending"], consumer["max_deliver"]) == ("explicit", 15 * 10**9, 1_000_000, -1)
+    assert (consumer["ack_policy"], consumer["ack_wait"]) == ("explicit", 15 * 10**9)
+    assert (consumer["max_ack_pending"], consumer["max_deliver"]) == (1_000_000, -1)
 
 
 async def test_provisioning_repairs_what_matters_and_leaves_the_operators_sizes(bus: Bus, model: str) -> None:
@@ -239,13 +241,13 @@ async def test_flush_is_a_barrier_for_subscriptions(bus: Bus, nats_url: str) -> 
 
 
 async def test_a_request_that_nobody_takes_says_so_at_once(bus: Bus) -> None:
-    with pytest.raises(NobodyListens, match="nobody listens on kv.w.1"):
+    with pytest.raises(NobodyListens, match=r"nobody listens on kv\.w\.1"):
         await bus.request("kv.w.1", b"", timeout_s=30.0)
 
 
 async def test_a_request_without_answer_times_out(bus: Bus) -> None:
     await bus.subscribe("silent", lambda _: None)
-    with pytest.raises(Unavailable, match="no answer from silent within 0.05 s"):
+    with pytest.raises(Unavailable, match=r"no answer from silent within 0\.05 s"):
         await bus.request("silent", b"", timeout_s=0.05)
 
 
@@ -302,8 +304,9 @@ async def test_a_cancelled_flush_or_request_leaves_the_connection_usable(bus: Bu
     assert bus.is_connected
 
 
-async def test_no_server_is_unavailable_with_the_reason_and_no_traceback(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(Unavailable, match=r"NATS at nats://127.0.0.1:1 did not answer within 0.2 s: .*refused"):
+async def test_no_server_is_unavailable_with_the_reason_and_no_traceback(caplog: pytest.LogCaptureFixture,
+                                                                           capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Unavailable, match=r"NATS at nats://127.0.0.1:1 did not answer within 0.2 s: .*Connect call failed"):
         await Bus.connect("nats://127.0.0.1:1", "test", timeout_s=0.2)
     assert "Traceback" not in caplog.text + "".join(capfd.readouterr())
 
@@ -339,11 +342,11 @@ async def test_after_close_everything_says_closed(nats_url: str) -> None:
 async def test_a_connection_that_the_server_ends_for_good_is_reported_once(nats_url: str) -> None:
     fatal: asyncio.Queue[Exception] = asyncio.Queue()
     bus = await Bus.connect(nats_url, "test", fatal.put_nowait)
-    # Past the guard, on the library itself: the server answers with a protocol error and hangs up.
-    await bus._client.publish("x", bytes(8 * 1024 * 1024), headers={"Key": "v"})
+    await bus._client._send_command(b"NONSENSE\r\n")
+    await bus._client._flush_pending()
     error = await fatal.get()
-    assert isinstance(error, Unavailable) and "maximum payload" in str(error)
-    with pytest.raises(Unavailable, match="maximum payload"):
+    assert isinstance(error, Unavailable) and "unknown protocol operation" in str(error)
+    with pytest.raises(Unavailable, match="unknown protocol operation"):
         await bus.request("x")
     await bus.close()
     assert fatal.empty()

@@ -101,7 +101,8 @@ class Local(NamedTuple):
 
 IDLE = Local()
 HOLDING = ("fence", "read", "work", "fold", "finish", "ack", "offered")
-ASSERTED = ("work", "fold", "finish", "ack")
+ASSERTED = ("work", "fold")
+KEPT = ("idle", "finish", "ack")            # the final record stands: nothing to assert, only to clear away
 
 
 class Slot(NamedTuple):
@@ -384,7 +385,7 @@ def assert_again(m: Setting, s: State, w: int) -> State:
     for j, local in enumerate(s.slots[w].local):
         if local.pc in phases:
             s = assert_job(m, s, w, j, local)
-        elif local.pc != "idle":
+        elif local.pc not in KEPT:
             s = with_local(s, w, j, IDLE)
             if s.slots[w].pin and s.slots[w].pin[0] == j:
                 s = s._replace(slots=put(s.slots, w, s.slots[w]._replace(pin=None)))
@@ -467,7 +468,7 @@ def grant(m: Setting, s: State, w: int, j: int, record: Record | None, roster: f
             s = with_lease(s, record.owner, "none")._replace(guilty=s.guilty | {record.owner})
     if record and "fence_givers" in m.broken:
         unfenced |= record.chains
-    unfenced |= {o for o in roster if not lives(s, o)}
+    unfenced |= {o for o in roster if s.redis.leases[o] == "none"}
     epoch = next_epoch(m, s, j)
     s = with_job(s, j, top=max(epoch, s.jobs[j].top))
     return with_record(s, j, Record("owned", epoch, w, True, chains, unfenced - {w}))
@@ -635,6 +636,7 @@ def is_clean(m: Setting, s: State) -> bool:
 
 
 def has_fresh_worker(m: Setting, s: State) -> bool:
-    """Somebody is left who can do what is to be done."""
-    return any(slot.life == "new" or (slot.life == "up" and s.redis.leases[w] != "none" and all(local.pc == "idle" for local in slot.local))
+    """Somebody is left who can do what is to be done (and who is not to find itself fenced at its first frame)."""
+    return any(slot.life == "new" or (slot.life == "up" and s.redis.leases[w] != "none" and all(local.pc == "idle" for local in slot.local)
+                                      and not any(chain.is_sealed for chain in s.chains[w]))
                for w, slot in enumerate(s.slots[:m.workers - m.decoders]))

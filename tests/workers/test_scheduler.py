@@ -367,7 +367,7 @@ ACTIONS = st.sampled_from(["add", "add", "import", "step", "step", "step", "copi
 
 
 @settings(max_examples=200, deadline=None)
-@given(role=st.sampled_from(["prefill", "decode", "both"]), num_pages=st.integers(6, 24), chunk_size=st.integers(1, 6),
+@given(role=st.sampled_from(["prefill", "decode", "both"]), num_pages=st.integers(8, 24), chunk_size=st.integers(1, 6),
        max_num_seqs=st.integers(1, 5), lies=st.booleans(), history=st.lists(st.tuples(ACTIONS, st.integers(0, 30)), max_size=120))
 def test_any_history_keeps_all_pages_accounted_for_and_ends_with_none_held(
         role: str, num_pages: int, chunk_size: int, max_num_seqs: int, lies: bool, history: list[tuple[str, int]]) -> None:

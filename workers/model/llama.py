@@ -32,7 +32,7 @@ class GqaAttention:
         ops.rotate_(heads[:, : self._num_rotated], step.rotation)
         ops.store_gqa(heads[:, self._num_heads :], cache, step.slots)
         q = heads[:, : self._num_heads]
-        if not plan.chunks and len(plan.groups) == 1:
+        if plan.groups and plan.groups[0].rows is None:
             return self._o(ops.gqa_decode(q, cache, plan.groups[0], self._scale).flatten(1))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for group in plan.groups:

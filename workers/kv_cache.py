@@ -1,0 +1,148 @@
+"""The paged KV pool: one tensor for all layers, on a CPU in shared memory so that another process can copy pages out of it.
+
+    gqa   [num_layers, 2, num_slots, kv_heads, head_dim]      keys, then values
+    mla   [num_layers, num_slots, kv_lora_rank + rope_dim]    one latent for all heads
+
+A page is `page_size` slots in a row; slot = page id * page_size + offset. What the pages mean is the page pool's business.
+"""
+
+import mmap
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from coordinator.errors import ConfigError, LayoutMismatch, Unavailable
+from coordinator.messages import KVLayout
+from workers.model_config import ModelConfig
+
+
+class KVCache:
+    """This process's pool (`create`) or a read-only view of another's (`attach`). It lives as long as a reference to it."""
+
+    def __init__(self, flat: Tensor, layout: KVLayout, num_pages: int, address: str, fd: int) -> None:
+        self.num_pages = num_pages
+        self.page_size = layout.page_size
+        self.address = address                     # "" where the pool cannot be mapped by others
+        self._layout = layout
+        self._flat = flat                          # [layers or layers * 2, num_slots, elements]
+        self._fd = fd
+        self.layers: list[Tensor] = []             # per layer, as the model reads it; empty for an attached pool
+
+    @classmethod
+    def create(cls, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device, weights: str = "") -> "KVCache":
+        """A zeroed pool. `weights` is `loader.weights_hash` of the model, for the layout. Raises ConfigError if memory is short."""
+        layout = KVLayout(model="", weights=weights, kind=config.kv_kind, num_layers=config.num_layers, row=config.kv_row,
+                          dtype=str(dtype).removeprefix("torch."), page_size=page_size)
+        shape = _flat_shape(layout, num_pages)
+        if device.type == "cpu":
+            flat, fd = _shared_tensor(shape, dtype)
+            cache = cls(flat, layout, num_pages, f"/proc/{os.getpid()}/fd/{fd}", fd)
+        else:
+            cache = cls(torch.zeros(shape, dtype=dtype, device=device), layout, num_pages, "", -1)
+        per_layer = cache._flat.unflatten(0, (config.num_layers, -1))
+        if config.mla:
+            cache.layers = [layer[0] for layer in per_layer]
+        else:
+            cache.layers = [layer.unflatten(-1, (config.num_kv_heads, config.head_dim)) for layer in per_layer]
+        return cache
+
+    @classmethod
+    def attach(cls, address: str, num_pages: int, layout: KVLayout) -> "KVCache":
+        """Map the pool of another process of this host, as `address`, `num_pages` and `layout` describe it; pages are copied from it.
+
+        The mapping stays valid when that process dies. Raises Unavailable if the pool is not there (any more) or not readable,
+        LayoutMismatch if its size is not what the layout says.
+        """
+        shape = _flat_shape(layout, num_pages)
+        dtype = _torch_dtype(layout)
+        size = dtype.itemsize * shape[0] * shape[1] * shape[2]
+        try:
+            fd = os.open(address, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise Unavailable(f"KV pool {address}: {error.strerror}") from None
+        try:
+            actual = os.fstat(fd).st_size
+            if actual != size:
+                raise LayoutMismatch("bytes of the pool", size, actual)
+            memory = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+        finally:
+            os.close(fd)
+        with warnings.catch_warnings():  # torch warns that the memory is read-only; so it shall be, and nothing here writes to it
+            warnings.simplefilter("ignore", UserWarning)
+            flat = torch.frombuffer(memory, dtype=dtype).view(shape)
+        return cls(flat, layout, num_pages, address, -1)
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def layout(self, model_name: str) -> KVLayout:
+        """What another process's pool must agree with before pages move between the two."""
+        return replace(self._layout, model=model_name)
+
+    def copy_pages_from(self, other: "KVCache", src_pages: Sequence[int], dst_pages: Sequence[int], num_tokens: int) -> None:
+        """Copy the first `num_tokens` tokens held by `src_pages` of `other` into `dst_pages` of this pool, for all layers.
+
+        Both lists are in token order and hold enough pages. Pages that follow each other on both sides move in one copy.
+        Raises LayoutMismatch if the pools differ in more than their number of pages, ValueError for a page that does not exist.
+        """
+        check_same_layout(self._layout, replace(other._layout, model=self._layout.model))
+        size = self.page_size
+        num_pages = -(-num_tokens // size)
+        if min(len(src_pages), len(dst_pages)) < num_pages:
+            raise ValueError(f"{num_tokens} tokens need {num_pages} pages, got {len(src_pages)} and {len(dst_pages)}")
+        for pages, pool in ((src_pages, other), (dst_pages, self)):
+            if any(not 0 <= page < pool.num_pages for page in pages[:num_pages]):
+                raise ValueError(f"a page outside of the pool of {pool.num_pages}")
+        first = 0
+        for i in range(1, num_pages + 1):
+            if i < num_pages and src_pages[i] == src_pages[i - 1] + 1 and dst_pages[i] == dst_pages[i - 1] + 1:
+                continue
+            count = min(i * size, num_tokens) - first * size
+            src, dst = src_pages[first] * size, dst_pages[first] * size
+            self._flat[:, dst : dst + count].copy_(other._flat[:, src : src + count])
+            first = i
+
+
+def bytes_per_page(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
+    """Bytes that one page takes over all layers."""
+    return config.num_layers * config.kv_row * page_size * dtype.itemsize
+
+
+def check_same_layout(ours: KVLayout, theirs: KVLayout) -> None:
+    """Raises LayoutMismatch naming the first field that differs."""
+    for field in fields(KVLayout):
+        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+        if mine != other:
+            raise LayoutMismatch(field.name, mine, other)
+
+
+def _flat_shape(layout: KVLayout, num_pages: int) -> tuple[int, int, int]:
+    """[layers and, for gqa, keys and values apart; slots; elements]"""
+    planes = 1 if layout.kind == "mla" else 2
+    return layout.num_layers * planes, num_pages * layout.page_size, layout.row // planes
+
+
+def _torch_dtype(layout: KVLayout) -> torch.dtype:
+    dtype = getattr(torch, layout.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise LayoutMismatch("dtype", "a torch dtype", layout.dtype)
+    return dtype
+
+
+def _shared_tensor(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, int]:
+    """Zeroed memory under a file descriptor: another process opens /proc/<pid>/fd/<fd>. Pages of it are taken when first written."""
+    size = dtype.itemsize * shape[0] * shape[1] * shape[2]
+    fd = os.memfd_create("tokenmill-kv", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, size)
+        memory = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    except (OSError, ValueError) as error:
+        os.close(fd)
+        raise ConfigError(f"cannot map {size / 1e9:.1f} GB for the KV pool ({error}): lower --max_total_token_num") from None
+    return torch.frombuffer(memory, dtype=dtype).view(shape), fd

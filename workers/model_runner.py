@@ -1,0 +1,77 @@
+"""Runs a model over batches: the one place where Python lists become tensors. Decides nothing about which sequences run."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels.ops import Ops, ops_for
+from kernels.plan import make_plan
+from workers.batch import ForwardBatch
+from workers.kv_cache import KVCache
+from workers.loader import Checkpoint, Progress, weights_hash
+from workers.model.decoder import Decoder
+from workers.model.deepseek import deepseek
+from workers.model.llama import llama
+from workers.model.rope import rotation_table
+from workers.model.step import Step
+from workers.model_config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+BUILDERS: dict[str, Callable[[Checkpoint, ModelConfig, Ops, int], Decoder]] = {
+    "LlamaForCausalLM": llama,
+    "Qwen2ForCausalLM": llama,
+    "DeepseekV2ForCausalLM": deepseek,
+    "DeepseekV3ForCausalLM": deepseek,
+}
+
+
+class ModelRunner:
+    """One model with its weights and its KV pool on one device.
+
+    `dtype` None means the checkpoint's own. `progress` is called from loading threads, one at a time, with (loaded, total) bytes.
+    Raises ConfigError for a model that cannot be run or a pool that does not fit.
+    """
+
+    def __init__(self, model_dir: Path, device: torch.device | str, dtype: torch.dtype | None, num_pages: int, page_size: int,
+                 load_workers: int = 1, progress: Progress | None = None) -> None:
+        self.config = ModelConfig.from_dir(model_dir)
+        self.device = torch.device(device)
+        self.dtype = dtype or getattr(torch, self.config.dtype)
+        self.page_size = page_size
+        self.kv_cache = KVCache.create(self.config, num_pages, page_size, self.dtype, self.device, weights_hash(model_dir))
+        checkpoint = Checkpoint(model_dir, self.config, self.dtype, self.device, progress)
+        self._model = BUILDERS[self.config.architecture](checkpoint, self.config, ops_for(self.device), load_workers)
+        checkpoint.finish()
+        self._rotations = rotation_table(self.config.rope, self.config.max_position, self.device)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Compute all new tokens of `batch` and keep their keys and values.
+
+        Returns logits [len(batch.logit_rows), vocab_size] float32 on the runner's device, in the order of logit_rows.
+        """
+        return self._model(self._step(batch), self.kv_cache.layers)
+
+    def warmup(self) -> None:
+        """Run a prefill and a decode over the first page, so that the first request does not pay for lazy set-up. Before any request."""
+        length = min(self.page_size, 16, self.config.max_position)
+        slots = list(range(length))
+        self.forward(ForwardBatch([0] * length, slots, slots, [length], [length], [[0]], [length - 1]))
+        self.forward(ForwardBatch([0], slots[-1:], slots[-1:], [1], [length], [[0]], [0]))
+
+    def _step(self, batch: ForwardBatch) -> Step:
+        num_tokens = len(batch.token_ids)
+        assert num_tokens == sum(batch.query_lens) == len(batch.positions) == len(batch.slot_mapping)
+        token_ids, positions, slots = torch.tensor([batch.token_ids, batch.positions, batch.slot_mapping], device=self.device)
+        is_every_row = len(batch.logit_rows) == num_tokens
+        return Step(
+            token_ids=token_ids,
+            rotation=self._rotations[positions],
+            slots=slots,
+            logit_rows=None if is_every_row else torch.tensor(batch.logit_rows, dtype=torch.int64, device=self.device),
+            plan=make_plan(batch.query_lens, batch.seq_lens, batch.page_tables, self.page_size, self.device, self.dtype),
+        )
