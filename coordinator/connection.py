@@ -12,6 +12,7 @@ import asyncio
 import base64
 import json
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -129,7 +130,8 @@ class Connection:
     """Made by connect(). Reconnects for ever; `on_fatal` is called once if the server closes it for good (bad credentials)."""
 
     def __init__(self, url: str, name: str, on_fatal: Callable[[Exception], None] | None) -> None:
-        self.url, self.name, self._on_fatal = url, name, on_fatal
+        self.name, self._url, self._on_fatal = name, url, on_fatal
+        self.address = re.sub(r"//[^/@,]*@", "//", url)   # without a password, for messages
         self._client = Client()
         self._connected = asyncio.Event()
         self._is_closing = False
@@ -141,6 +143,7 @@ class Connection:
         self._subscriptions: set[Subscription] = set()
         self._lost_hooks: list[Callable[[], Awaitable[None]]] = []
         self._restored_hooks: list[Callable[[], Awaitable[None]]] = []
+        self._close_hooks: list[Callable[[], Awaitable[None]]] = []
         self._inbox = ""
 
     @classmethod
@@ -150,22 +153,24 @@ class Connection:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._client.connect(
-                    servers=url.split(","), name=name, error_cb=self._report_error, disconnected_cb=self._lost,
+                    servers=self._url.split(","), name=name, error_cb=self._report_error, disconnected_cb=self._lost,
                     reconnected_cb=self._restored, closed_cb=self._closed_for_good, max_reconnect_attempts=-1,
                     reconnect_time_wait=0.25, ping_interval=10)
         except TimeoutError:
             self._is_closing = True
             await self._client.close()
-            raise Unavailable(f"NATS at {url} did not answer within {timeout_s:g} s: {self._last_error}") from None
+            raise Unavailable(f"NATS at {self.address} did not answer within {timeout_s:g} s: {self._last_error}") from None
         self._connected.set()
         self._inbox = self._client.new_inbox()
         await self._client.subscribe(f"{self._inbox}.*", cb=self._answer)
         return self
 
     async def close(self) -> None:
-        """Flush and close. Waiting requests fail with Unavailable."""
+        """Close pullers, flush, close. Waiting requests fail with Unavailable."""
         if self._is_closing:
             return
+        for hook in list(self._close_hooks):
+            await hook()
         if self.is_connected:
             try:
                 await self.flush(timeout_s=1.0)
@@ -194,6 +199,11 @@ class Connection:
     def max_message_bytes(self) -> int:
         """The largest payload plus headers that publish() takes."""
         return int(self._client.max_payload) - SIZE_MARGIN_BYTES
+
+    @property
+    def server_version(self) -> tuple[int, int]:
+        version = self._client.connected_server_version
+        return int(version.major), int(version.minor)
 
     # --- core NATS ---------------------------------------------------------------------------------------------------------
 
@@ -289,14 +299,21 @@ class Connection:
 
     # --- for the files of the bus -------------------------------------------------------------------------------------------
 
-    def on_outage(self, lost: Callable[[], Awaitable[None]], restored: Callable[[], Awaitable[None]]) -> None:
-        """`lost` runs before the library sends anything again, `restored` once the connection is back."""
-        self._lost_hooks.append(lost)
-        self._restored_hooks.append(restored)
+    def add_hooks(self, *, lost: Callable[[], Awaitable[None]], restored: Callable[[], Awaitable[None]],
+                  closing: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+        """`lost` runs before the library sends anything again, `restored` once the connection is back, `closing` while it still works.
 
-    def off_outage(self, lost: Callable[[], Awaitable[None]], restored: Callable[[], Awaitable[None]]) -> None:
-        self._lost_hooks.remove(lost)
-        self._restored_hooks.remove(restored)
+        Returns what takes them off again.
+        """
+        hooks = [(self._lost_hooks, lost), (self._restored_hooks, restored), (self._close_hooks, closing)]
+        for registered, hook in hooks:
+            registered.append(hook)
+
+        def remove() -> None:
+            for registered, hook in hooks:
+                registered.remove(hook)
+
+        return remove
 
     def new_inbox(self) -> str:
         return str(self._client.new_inbox())
@@ -414,9 +431,9 @@ class Connection:
             return
         self._connected.clear()
         self._lost_at = time.monotonic()
-        logger.warning("NATS connection %s: lost, reconnecting to %s", self.name, self.url)
+        logger.warning("NATS connection %s: lost, reconnecting to %s", self.name, self.address)
         self._fail_requests(Unavailable("the connection to NATS was lost"))
-        for hook in self._lost_hooks:
+        for hook in list(self._lost_hooks):
             await hook()
 
     async def _restored(self) -> None:
@@ -424,13 +441,13 @@ class Connection:
         self._connected.set()
         for subscription in list(self._subscriptions):
             subscription.gap()
-        for hook in self._restored_hooks:
+        for hook in list(self._restored_hooks):
             await hook()
 
     async def _closed_for_good(self) -> None:
         if self._is_closing:
             return
-        self._fatal = Unavailable(f"NATS at {self.url} closed the connection: {self._client.last_error or self._last_error}")
+        self._fatal = Unavailable(f"NATS at {self.address} closed the connection: {self._client.last_error or self._last_error}")
         logger.error("NATS connection %s: %s", self.name, self._fatal)
         self._fail_requests(self._fatal)
         self._connected.set()

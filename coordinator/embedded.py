@@ -159,12 +159,17 @@ class ValkeyServer(_Server):
             config.write_text(self._config(), encoding="utf-8")
             process = self._run([str(server_binaries.redis_server().path), str(config)])
             try:
-                self._wait_until(lambda pid=process.pid: f"process_id:{pid}\r".encode() in self._ask(b"INFO server\r\nQUIT\r\n", b"+OK"))  # type: ignore[misc]
+                self._wait_until(lambda pid=process.pid: self._is_ready(pid))  # type: ignore[misc]
                 return
             except ConfigError:
                 # Between the pick and the bind another process may have taken the port.
                 if not (picks_port and tries_left and "in use" in process.log_tail()):
                     raise
+
+    def _is_ready(self, pid: int) -> bool:
+        """It is our process that answers, and it has loaded its data."""
+        state = self._ask(b"INFO server persistence\r\nQUIT\r\n", until=b"+OK")
+        return f"process_id:{pid}\r".encode() in state and b"\nloading:0\r" in state
 
     def _config(self) -> str:
         return "\n".join([

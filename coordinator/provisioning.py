@@ -4,18 +4,22 @@
 created and then belong to the operator (sizes, ages, replicas), like every setting that is not named here.
 """
 
+import logging
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
 from coordinator import subjects
-from coordinator.connection import STREAM_NOT_FOUND, ApiError, Connection
+from coordinator.connection import SIZE_MARGIN_BYTES, STREAM_NOT_FOUND, ApiError, Connection
 from coordinator.errors import ConfigError
 from coordinator.messages import CLASSES, check_id
 
+logger = logging.getLogger(__name__)
+
+LEAST_SERVER_VERSION = (2, 11)      # batched direct gets
 CONSUMER_NOT_FOUND, NAME_IN_USE, NO_STORAGE = 10014, 10058, 10047
 NANOS = 1_000_000_000
-OUT_MAX_BYTES = 2 * 1024**3         # oldest frames go first; see docs when jobs run longer than this much output
+OUT_MAX_BYTES = 2 * 1024**3         # oldest frames go first: must hold the output of all jobs that still run
 DLQ_MAX_MSGS = 100_000
 MAX_WAITING_PULLS = 4096            # open pulls per consumer, all workers together
 PROVISION_DEADLINE_S = 15.0
@@ -65,10 +69,17 @@ def consumers(model: str) -> list[ConsumerSettings]:
 async def provision(connection: Connection, model: str, max_queued: int | None) -> bool:
     """True if this call created the JOBS stream. Raises ConfigError, InvalidField (model), Unavailable."""
     check_id("model", model)
+    if connection.server_version < LEAST_SERVER_VERSION:
+        have, least = (".".join(map(str, version)) for version in (connection.server_version, LEAST_SERVER_VERSION))
+        raise ConfigError(f"nats-server at {connection.address} is {have}: {least} or newer is needed")
+    if connection.max_message_bytes + SIZE_MARGIN_BYTES < subjects.MAX_PAYLOAD_BYTES:
+        logger.warning("nats-server at %s takes messages of at most %d bytes: set max_payload to 8MB for long prompts",
+                       connection.address, connection.max_message_bytes)
     if max_queued is not None and max_queued < 1:
         raise ConfigError(f"max_queued must be at least 1, got {max_queued}")
+    mark = f"tokenmill {uuid.uuid4()}"
     created = [settings.name for settings in streams(max_queued)
-               if await connection.retry(lambda attempt_s, s=settings: _ensure_stream(connection, s, attempt_s),  # type: ignore[misc]
+               if await connection.retry(lambda attempt_s, s=settings: _ensure_stream(connection, s, mark, attempt_s),  # type: ignore[misc]
                                          PROVISION_DEADLINE_S, f"provisioning of stream {settings.name}")]
     for consumer in consumers(model):
         await connection.retry(lambda attempt_s, c=consumer: _ensure_consumer(connection, c, attempt_s),  # type: ignore[misc]
@@ -76,8 +87,8 @@ async def provision(connection: Connection, model: str, max_queued: int | None) 
     return subjects.JOBS in created
 
 
-async def _ensure_stream(connection: Connection, settings: StreamSettings, attempt_s: float) -> bool:
-    """True if this call created it."""
+async def _ensure_stream(connection: Connection, settings: StreamSettings, mark: str, attempt_s: float) -> bool:
+    """True if this call, or an earlier try of it, created the stream."""
     name = settings.name
     try:
         existing = (await connection.api(f"STREAM.INFO.{name}", timeout_s=attempt_s))["config"]
@@ -87,7 +98,7 @@ async def _ensure_stream(connection: Connection, settings: StreamSettings, attem
         # The server takes a second creation with an equal configuration for the first one's repetition. The mark makes
         # configurations differ, so that of several creators exactly one wins.
         config = {"name": name, "storage": "file", "num_replicas": 1, **settings.initial, **settings.required,
-                  "metadata": {"created_by": f"tokenmill {uuid.uuid4()}"}}
+                  "metadata": {"created_by": mark}}
         try:
             await connection.api(f"STREAM.CREATE.{name}", config, attempt_s)
             return True
@@ -104,7 +115,7 @@ async def _ensure_stream(connection: Connection, settings: StreamSettings, attem
             if error.may_pass:
                 raise
             raise ConfigError(f"stream {name} exists with settings that cannot be brought in line: {error}") from None
-    return False
+    return bool((existing.get("metadata") or {}).get("created_by") == mark)
 
 
 async def _ensure_consumer(connection: Connection, settings: ConsumerSettings, attempt_s: float) -> None:

@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -121,7 +122,8 @@ class Puller:
             delivery = await puller.next()
 
     Credits of want() are spent by deliveries; call it again whenever there is room. After a broker restart up to one batch
-    more than wanted may come. close() gives back (nak) what was delivered but not taken from the queue.
+    more than wanted may come. close() gives back (nak) what was delivered but not taken from the queue;
+    the connection's close() closes its pullers.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -137,12 +139,13 @@ class Puller:
         self._resting: set[str] = set()      # consumers whose last pull failed a moment ago
         self._is_short = asyncio.Event()     # some consumer has fewer open pulls than wanted
         self._keeper: asyncio.Task[None] | None = None
+        self._remove_hooks: Callable[[], None] = lambda: None
         self._is_closed = False
 
     @classmethod
     async def open(cls, connection: Connection) -> "Puller":
         self = cls(connection)
-        connection.on_outage(self._lost, self._restored)
+        self._remove_hooks = connection.add_hooks(lost=self._lost, restored=self._restored, closing=self.close)
         await self._listen()
         self._keeper = self._loop.create_task(self._keep_open())
         return self
@@ -178,7 +181,7 @@ class Puller:
         if self._is_closed:
             return
         self._is_closed = True
-        self._connection.off_outage(self._lost, self._restored)
+        self._remove_hooks()
         if self._keeper is not None:
             self._keeper.cancel()
         for pull in list(self._pulls.values()):

@@ -18,8 +18,13 @@ _pipe_fds: set[int] = set()
 
 
 def _close_pipes_in_child() -> None:
+    if not _pipe_fds:
+        return
+    # Replaced, not closed: the objects that own these numbers would later close whatever had got them since.
+    null = os.open(os.devnull, os.O_RDWR)
     for fd in _pipe_fds:
-        os.close(fd)
+        os.dup2(null, fd, inheritable=False)
+    os.close(null)
     _pipe_fds.clear()
 
 

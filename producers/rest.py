@@ -7,8 +7,10 @@ import asyncio
 import contextlib
 import logging
 import math
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -56,10 +58,18 @@ async def serve(settings: RestSettings) -> None:
     try:
         app = _build(None)
         app.state.shim = shim
-        await uvicorn.Server(uvicorn.Config(
+        server = uvicorn.Server(uvicorn.Config(
             app, host=settings.host, port=settings.port, http="httptools", ws="none", lifespan="off", access_log=settings.access_log,
             log_level=settings.log_level, log_config=None, server_header=False, backlog=BACKLOG,
-            timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_s))).serve()
+            timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_s)))
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            server.should_exit = True
+
+        # uvicorn has handlers of its own while it serves; after that it raises the signal again, which must not end us unclosed.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+        await server.serve()
     finally:
         await shim.close()
 
@@ -74,8 +84,6 @@ def main(argv: list[str] | None = None) -> int:
     except TokenmillError as error:
         print(f"REST shim: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

@@ -97,6 +97,16 @@ async def test_a_foreign_stream_of_the_same_name_is_a_clear_error(nats_url: str)
             await bus.provision("a.b")
 
 
+async def test_a_server_that_is_too_old_or_takes_only_small_messages_is_named(bus: Bus, model: str, monkeypatch: pytest.MonkeyPatch,
+                                                                             caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("coordinator.subjects.MAX_PAYLOAD_BYTES", 16 * 1024 * 1024)
+    await bus.provision(model)
+    assert "takes messages of at most 8384512 bytes: set max_payload" in caplog.text
+    monkeypatch.setattr("coordinator.provisioning.LEAST_SERVER_VERSION", (99, 0))
+    with pytest.raises(ConfigError, match=r"nats-server at nats://.* is 2\.\d+: 99\.0 or newer is needed"):
+        await bus.provision(model)
+
+
 # --- jobs ------------------------------------------------------------------------------------------------------------------
 
 
@@ -307,14 +317,18 @@ async def test_a_cancelled_flush_or_request_leaves_the_connection_usable(bus: Bu
 async def test_no_server_is_unavailable_with_the_reason_and_no_traceback(caplog: pytest.LogCaptureFixture,
                                                                            capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(Unavailable, match=r"NATS at nats://127.0.0.1:1 did not answer within 0.2 s: .*Connect call failed"):
-        await Bus.connect("nats://127.0.0.1:1", "test", timeout_s=0.2)
+        await Bus.connect("nats://user:secret@127.0.0.1:1", "test", timeout_s=0.2)
+    assert "secret" not in caplog.text
     assert "Traceback" not in caplog.text + "".join(capfd.readouterr())
 
 
-async def test_an_outage_is_two_log_lines_without_traceback(own_services: EmbeddedServices, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("end", ["kill", "stop"])
+async def test_an_outage_is_two_log_lines_without_traceback(own_services: EmbeddedServices, end: str,
+                                                                   caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "coordinator")
     async with await Bus.connect(own_services.nats_url, "w1") as bus:
-        await asyncio.to_thread(own_services.restart_nats)
+        await asyncio.to_thread(getattr(own_services.nats, end))
+        await asyncio.to_thread(own_services.nats.start)
         with pytest.raises(Unavailable):
             await bus.request("nobody", timeout_s=5.0)
         await bus.flush()

@@ -381,6 +381,8 @@ def membership(m: Setting, s: State, w: int) -> Iterator[Step]:
 def assert_again(m: Setting, s: State, w: int) -> State:
     """One script: the lease, and every job past its fence that is not offered. The rest is dropped, without asking anybody."""
     s = with_lease(s, w, "live")
+    if not s.redis.grace:
+        s = s._replace(guilty=s.guilty - {w})    # broken rule: Redis has told it that all is well
     phases = (*ASSERTED, "offered") if "assert_offered" in m.broken else ASSERTED
     for j, local in enumerate(s.slots[w].local):
         if local.pc in phases:
@@ -412,7 +414,7 @@ def pull(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
     if job.message == "queued" and w < m.workers - m.decoders:
         yield Step(f"{w} pulls {j}", with_local(with_job(s, j, message="flight"), w, j, Local("got")))
     for i, h in enumerate(job.handles):
-        if h.holder < 0 and h.owner != w:
+        if h.holder < 0:
             held = with_job(s, j, handles=put(job.handles, i, h._replace(holder=w)))
             yield Step(f"{w} pulls a handle of {j}",
                        with_local(held, w, j, Local("copy", h.epoch, h.index, h.chains, giver=h.owner, generation=h.generation)))

@@ -95,18 +95,18 @@ class Farm:
                 process.stop()
         self._stack.close()
 
-    def rest(self, name: str = "rest", *flags: str, wait: bool = True) -> str:
+    def rest(self, name: str = "rest", *flags: str, model: str = "", wait: bool = True) -> str:
         """Start a shim; its URL."""
         port = self._ports.setdefault(name, _free_port())
-        args = [*self._common(), "--host", "127.0.0.1", "--port", str(port), *flags]
+        args = [*self._common(model), "--host", "127.0.0.1", "--port", str(port), *flags]
         self.processes[name] = Process(name, "producers.rest", args, self.folder)
         if wait:
             self.wait_for(f"{self.url(name)}/liveness", name)
         return self.url(name)
 
-    def worker(self, role: str, name: str = "", *flags: str) -> Process:
+    def worker(self, role: str, name: str = "", *flags: str, model: str = "") -> Process:
         name = name or role
-        args = [*self._common(), "--role", role, "--worker_id", name, "--num_threads", "1", "--max_total_token_num", "16384",
+        args = [*self._common(model), "--role", role, "--worker_id", name, "--num_threads", "1", "--max_total_token_num", "16384",
                 "--lease_s", str(self.lease_s), *flags]
         process = self.processes[name] = Process(name, "workers.worker", args, self.folder)
         return process
@@ -131,14 +131,14 @@ class Farm:
     def logs(self) -> str:
         return "\n".join(f"--- {p.name}\n{p.log[-2500:]}" for p in self.processes.values())
 
-    async def status(self) -> dict[str, Any]:
-        return await collect(self.services.nats_url, self.services.redis_url, model_token(self.model))
+    async def status(self, model: str = "") -> dict[str, Any]:
+        return await collect(self.services.nats_url, self.services.redis_url, model_token(model or self.model))
 
-    async def wait_at_rest(self, timeout_s: float = 30.0) -> dict[str, Any]:
+    async def wait_at_rest(self, timeout_s: float = 30.0, model: str = "") -> dict[str, Any]:
         """Until nothing is held anywhere: pages, pins, claims, unacknowledged messages, jobs. Fails with what still is."""
         give_up_at = time.monotonic() + timeout_s
         while True:
-            status = await self.status()
+            status = await self.status(model)
             held = {name: status[name] for name in ("held_pages", "pinned", "running", "waiting", "claims", "num_ack_pending", "jobs_depth",
                                                     "handoff_depth")}
             if not any(held.values()):
@@ -155,9 +155,9 @@ class Farm:
         finally:
             await store.close()
 
-    def _common(self) -> list[str]:
+    def _common(self, model: str) -> list[str]:
         return ["--nats_url", self.services.nats_url, "--redis_url", self.services.redis_url, "--model_dir", str(self.model_dir),
-                "--model_name", self.model, "--max_req_total_len", "2048", "--log_level", "info"]
+                "--model_name", model or self.model, "--max_req_total_len", "2048", "--log_level", "info"]
 
 
 def _free_port() -> int:

@@ -75,8 +75,11 @@ def test_each_pin_has_its_own_generation_and_keeps_pages_from_being_reused() -> 
     assert pool.num_free == 4 and pool.pin(pool.allocate(1)) not in generations
 
 
+ACTIONS = st.sampled_from(["new", "grow", "share", "drop", "pin", "unpin"])
+
+
 @settings(max_examples=150, deadline=None)
-@given(st.integers(1, 40), st.lists(st.tuples(st.sampled_from(["new", "grow", "share", "drop", "pin", "unpin"]), st.integers(0, 9)), max_size=80))
+@given(st.integers(1, 40), st.lists(st.tuples(ACTIONS, st.integers(0, 9)), max_size=80))
 def test_any_history_keeps_every_page_free_or_owned(num_pages: int, history: list[tuple[str, int]]) -> None:
     pool, owners, pins = PagePool(num_pages), list[list[int]](), list[int]()
     for action, number in history:

@@ -140,8 +140,11 @@ def test_prefill_is_reported_once_with_the_tokens_that_the_cache_had() -> None:
     assert [row for event in events for row in event.prefilled] == [("a", 0)]
 
 
-@pytest.mark.parametrize(("ignored", "token", "expected"), [(False, EOS, [("a", 0, EOS, "stop")]), (False, 7, [("a", 0, 7, None), ("a", 1, 7, "length")]),
-                                                            (True, EOS, [("a", 0, EOS, None), ("a", 1, EOS, "length")])])
+@pytest.mark.parametrize(("ignored", "token", "expected"), [
+    (False, EOS, [("a", 0, EOS, "stop")]),
+    (False, 7, [("a", 0, 7, None), ("a", 1, 7, "length")]),
+    (True, EOS, [("a", 0, EOS, None), ("a", 1, EOS, "length")]),
+])
 def test_eos_ends_a_sequence_with_its_own_row_unless_ignored(ignored: bool, token: int, expected: list[Any]) -> None:
     scheduler = make_scheduler()
     scheduler.add(make_sequence("a", [1, 2, 3], new=2, ignore_eos=ignored))
@@ -363,7 +366,8 @@ def test_cancel_frees_everything_at_every_stage() -> None:
 
 # ---- any history ----
 
-ACTIONS = st.sampled_from(["add", "add", "import", "step", "step", "step", "copied", "copied", "copy fails", "activate", "release", "cancel"])
+ACTIONS = st.sampled_from(["add", "add", "import", "step", "step", "step", "copied", "copied", "copy fails", "activate", "release",
+                           "cancel"])
 
 
 @settings(max_examples=200, deadline=None)
