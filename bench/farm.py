@@ -32,6 +32,7 @@ DEMO_DIR = Path("models/smollm2-135m-instruct")
 RESULTS = Path("bench/results/farm_cpu")
 SECTIONS = ("single", "many", "first", "queue")
 TITLE = "tokenmill on CPU"
+PLAIN_WIDTH = 170  # of the table in a log file
 TINY_POOL_TOKENS, TINY_MAX_TOKENS = 65_536, 2048
 
 
@@ -116,7 +117,7 @@ class Bench:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0 if every bar is met, 1 if not, 2 if there are no figures."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    machine, console = describe_machine(), Console()
+    machine, console = describe_machine(), Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console.print(machine_line(machine))
     try:

@@ -15,16 +15,14 @@ from coordinator import chain, provisioning, pull, subjects
 from coordinator.chain import EXPECTED_LAST, Chain
 from coordinator.connection import (
     TOO_MANY_MESSAGES,
-    WRONG_LAST_SEQUENCE,
     ApiError,
     Callback,
-    Connection,
     Message,
     NobodyListens,
-    StoredMessage,
     Subscription,
 )
 from coordinator.errors import MalformedMessage, QueueFull, Unavailable
+from coordinator.jetstream import WRONG_LAST_SEQUENCE, JetStream, StoredMessage
 from coordinator.messages import CLASSES, DeadLetter, FinalRecord, Frame, Job, encode_map
 from coordinator.pull import AckInfo, Delivery, Puller, parse_ack_subject
 
@@ -51,7 +49,7 @@ class Counters(TypedDict):
     dlq: int
 
 
-class Bus(Connection):
+class Bus(JetStream):
     """Made by `await Bus.connect(url, name, on_fatal)`; an async context manager. `malformed_frames` counts frames left out by reads."""
 
     def __init__(self, url: str, name: str, on_fatal: Callable[[Exception], None] | None) -> None:

@@ -8,8 +8,9 @@
 import asyncio
 import logging
 
-from coordinator.connection import WRONG_LAST_SEQUENCE, ApiError, Connection, StoredMessage
+from coordinator.connection import ApiError
 from coordinator.errors import Fenced, MalformedMessage, Unavailable
+from coordinator.jetstream import WRONG_LAST_SEQUENCE, JetStream, StoredMessage
 from coordinator.messages import Frame
 from coordinator.subjects import OUT
 
@@ -24,7 +25,7 @@ class Chain:
     append() calls are served one after another; once fenced, every further one raises Fenced.
     """
 
-    def __init__(self, connection: Connection, subject: str) -> None:
+    def __init__(self, connection: JetStream, subject: str) -> None:
         self.subject = subject
         self.is_fenced = False
         self._connection = connection
@@ -74,7 +75,7 @@ class Chain:
         raise Fenced(self.subject)
 
 
-async def fence(connection: Connection, subject: str, by: str, deadline_s: float = 10.0) -> int:
+async def fence(connection: JetStream, subject: str, by: str, deadline_s: float = 10.0) -> int:
     """End a chain: its owner's next frame is refused from here on. Returns the tombstone's stream sequence.
 
     A tombstone that stands there already is kept, whoever set it. Works on a chain without frames. Raises Unavailable.
@@ -95,7 +96,7 @@ async def fence(connection: Connection, subject: str, by: str, deadline_s: float
     return await connection.retry(attempt, deadline_s, f"fence of {subject}")
 
 
-async def read_frames(connection: Connection, subject_filter: str, start_seq: int = 0, start_time_ms: int | None = None,
+async def read_frames(connection: JetStream, subject_filter: str, start_seq: int = 0, start_time_ms: int | None = None,
                       deadline_s: float = 10.0) -> tuple[list[tuple[str, int, Frame]], int]:
     """((subject, stream sequence, frame) in stored order, number of malformed ones left out). Raises Unavailable."""
     stored = await connection.read_stream(OUT, subject_filter, start_seq=start_seq, start_time_ms=start_time_ms, deadline_s=deadline_s)

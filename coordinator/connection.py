@@ -1,4 +1,4 @@
-"""One connection to NATS that stays usable: requests, subscriptions, a true flush, JetStream's JSON API. The only `import nats`.
+"""One connection to NATS that stays usable: requests, subscriptions, a true flush, retries. The only `import nats`.
 
 What the client library does not do by itself, and this file does:
 - Requests fail at once when the connection drops (their fate unknown) instead of running into their timeout.
@@ -9,8 +9,6 @@ What the client library does not do by itself, and this file does:
 """
 
 import asyncio
-import base64
-import json
 import logging
 import re
 import time
@@ -27,13 +25,11 @@ from coordinator.errors import PayloadTooLarge, Unavailable
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+TOO_MANY_MESSAGES = 10077
 SIZE_MARGIN_BYTES = 4096      # below the server's max_payload
 ATTEMPT_S = 2.0               # one try of a request that is repeated until its deadline
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.01, 0.25
 TRIES_BEFORE_WARNING = 8
-READ_BATCH = 512              # messages per batched direct get
-TOO_MANY_MESSAGES, WRONG_LAST_SEQUENCE = 10077, 10071
-STREAM_NOT_FOUND, MESSAGE_NOT_FOUND = 10059, 10037
 
 
 class NobodyListens(Unavailable):
@@ -64,19 +60,10 @@ class Message:
     headers: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class StoredMessage:
-    """A message as it stands in a stream."""
-
-    subject: str
-    seq: int
-    data: bytes
-
-
 Callback = Callable[[Message], Awaitable[None] | None]
 
 
-class _NatsMessage(Protocol):
+class NatsMessage(Protocol):
     """The part of the library's message that is used here."""
 
     subject: str
@@ -114,10 +101,14 @@ class Subscription:
 
     def gap(self) -> None:
         """Messages to this subscription may have been lost (we were too slow, or the connection was down)."""
-        if self._on_gap is not None:
+        if self._on_gap is None:
+            return
+        try:
             self._on_gap()
+        except Exception:
+            logger.exception("the gap handler of %s broke", self.subject)
 
-    async def handle(self, raw: _NatsMessage) -> None:
+    async def handle(self, raw: NatsMessage) -> None:
         try:
             waiting = self._callback(Message(raw.subject, raw.data, raw.reply, raw.headers or {}))
             if waiting is not None:
@@ -139,7 +130,7 @@ class Connection:
         self._last_error = "no answer"
         self._lost_at = 0.0
         self._tokens = count(1)
-        self._answers: dict[str, Callable[[_NatsMessage | Exception], None]] = {}
+        self._answers: dict[str, Callable[[NatsMessage | Exception], None]] = {}
         self._subscriptions: set[Subscription] = set()
         self._lost_hooks: list[Callable[[], Awaitable[None]]] = []
         self._restored_hooks: list[Callable[[], Awaitable[None]]] = []
@@ -239,41 +230,7 @@ class Connection:
         """request(), with headers both ways."""
         return await self._ask(subject, data, headers, timeout_s)
 
-    # --- JetStream ---------------------------------------------------------------------------------------------------------
-
-    async def api(self, subject: str, body: dict[str, Any] | None = None, timeout_s: float = ATTEMPT_S) -> dict[str, Any]:
-        """One call of JetStream's JSON API, without the prefix `$JS.API.`. Raises ApiError, Unavailable."""
-        answer = await self.ask(f"$JS.API.{subject}", json.dumps(body).encode() if body is not None else b"", timeout_s=timeout_s)
-        return _checked(answer.data)
-
-    async def store(self, subject: str, data: bytes, headers: dict[str, str], timeout_s: float = ATTEMPT_S) -> int:
-        """Publish to a stream and wait until it is stored: its sequence. Raises ApiError, PayloadTooLarge, Unavailable."""
-        answer = await self.ask(subject, data, headers=headers, timeout_s=timeout_s)
-        return int(_checked(answer.data)["seq"])
-
-    async def last_message(self, stream: str, subject: str, timeout_s: float = ATTEMPT_S) -> StoredMessage | None:
-        """The newest message of a subject, from the stream's leader (never stale)."""
-        return await self._get(stream, {"last_by_subj": subject}, timeout_s)
-
-    async def message_at(self, stream: str, seq: int, timeout_s: float = ATTEMPT_S) -> StoredMessage | None:
-        return await self._get(stream, {"seq": seq}, timeout_s)
-
-    async def read_stream(self, stream: str, subject_filter: str, *, start_seq: int = 0, start_time_ms: int | None = None,
-                          limit: int | None = None, deadline_s: float = 10.0) -> list[StoredMessage]:
-        """All stored messages that match, oldest first, by batched direct gets. Raises Unavailable."""
-        messages: list[StoredMessage] = []
-        num_left = 1
-        give_up_at = time.monotonic() + deadline_s
-        while num_left and (limit is None or len(messages) < limit):
-            batch = READ_BATCH if limit is None else min(READ_BATCH, limit - len(messages))
-            start: dict[str, Any] = {"seq": messages[-1].seq + 1 if messages else max(1, start_seq)}
-            if start_time_ms is not None and not messages:
-                start = {"start_time": _rfc3339(start_time_ms)}
-            query = {**start, "next_by_subj": subject_filter, "batch": batch}
-            num_left = await self.retry(
-                lambda attempt_s, query=query: self._read_batch(stream, query, messages, attempt_s),  # type: ignore[misc]
-                give_up_at - time.monotonic(), f"read of {subject_filter}")
-        return messages
+    # --- over outages -------------------------------------------------------------------------------------------------------
 
     async def retry(self, attempt: Callable[[float], Awaitable[T]], deadline_s: float | None, what: str) -> T:
         """attempt(timeout_s) until it succeeds, over outages; None: until the connection is closed. Raises what cannot pass."""
@@ -329,9 +286,9 @@ class Connection:
     # --- inside -------------------------------------------------------------------------------------------------------------
 
     async def _ask(self, subject: str | None, data: bytes, headers: dict[str, str] | None, timeout_s: float) -> Message:
-        answered: asyncio.Future[_NatsMessage] = asyncio.get_running_loop().create_future()
+        answered: asyncio.Future[NatsMessage] = asyncio.get_running_loop().create_future()
 
-        def settle(outcome: _NatsMessage | Exception) -> None:
+        def settle(outcome: NatsMessage | Exception) -> None:
             if answered.done():
                 return
             if isinstance(outcome, Exception):
@@ -339,11 +296,11 @@ class Connection:
             else:
                 answered.set_result(outcome)
 
-        raw = await self._exchange(subject, data, headers, timeout_s, answered, settle)
+        raw = await self.exchange(subject, data, headers, timeout_s, answered, settle)
         return Message(raw.subject, raw.data, raw.reply, raw.headers or {})
 
-    async def _exchange(self, subject: str | None, data: bytes, headers: dict[str, str] | None, timeout_s: float,
-                        done: "asyncio.Future[T]", take: Callable[[_NatsMessage | Exception], None]) -> T:
+    async def exchange(self, subject: str | None, data: bytes, headers: dict[str, str] | None, timeout_s: float,
+                       done: "asyncio.Future[T]", take: Callable[[NatsMessage | Exception], None]) -> T:
         """Send, and wait for `done`, which `take` settles. Without a subject the message goes straight to our own inbox."""
         token = str(next(self._tokens))
         inbox = f"{self._inbox}.{token}"
@@ -362,7 +319,7 @@ class Connection:
             if not done.cancel() and not done.cancelled():
                 done.exception()   # an error that came just after the timeout is not an unhandled one
 
-    async def _answer(self, raw: _NatsMessage) -> None:
+    async def _answer(self, raw: NatsMessage) -> None:
         take = self._answers.get(raw.subject[len(self._inbox) + 1:])
         if take is None:
             return
@@ -370,40 +327,6 @@ class Connection:
             take(NobodyListens(f"nobody listens on {raw.headers.get('Nats-Subject', 'this subject')}"))
         else:
             take(raw)
-
-    async def _read_batch(self, stream: str, query: dict[str, Any], messages: list[StoredMessage], timeout_s: float) -> int:
-        """Append one batch to `messages`; how many are left after it."""
-        if messages:   # a retry goes on behind what an interrupted try had read
-            query = {"seq": messages[-1].seq + 1, **{k: v for k, v in query.items() if k not in ("seq", "start_time")}}
-        num_left: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-
-        def take(outcome: _NatsMessage | Exception) -> None:
-            if num_left.done():
-                return
-            if isinstance(outcome, Exception):
-                num_left.set_exception(outcome)
-                return
-            headers = outcome.headers or {}
-            status = headers.get("Status")
-            if status is None:
-                messages.append(StoredMessage(headers["Nats-Subject"], int(headers["Nats-Sequence"]), outcome.data))
-            elif status == "204":
-                num_left.set_result(int(headers.get("Nats-Num-Pending", "0")))
-            elif status == "404":
-                num_left.set_result(0)
-            else:
-                num_left.set_exception(ApiError(int(status), 0, str(headers.get("Description", "direct get failed"))))
-
-        return await self._exchange(f"$JS.API.DIRECT.GET.{stream}", json.dumps(query).encode(), None, timeout_s, num_left, take)
-
-    async def _get(self, stream: str, query: dict[str, Any], timeout_s: float) -> StoredMessage | None:
-        try:
-            found = (await self.api(f"STREAM.MSG.GET.{stream}", query, timeout_s))["message"]
-        except ApiError as error:
-            if error.err_code == MESSAGE_NOT_FOUND:
-                return None
-            raise
-        return StoredMessage(found["subject"], int(found["seq"]), base64.b64decode(found.get("data", "")))
 
     def _check_open(self) -> None:
         if self._fatal is not None:
@@ -442,7 +365,10 @@ class Connection:
         for subscription in list(self._subscriptions):
             subscription.gap()
         for hook in list(self._restored_hooks):
-            await hook()
+            try:
+                await hook()
+            except (Unavailable, nats.errors.Error) as error:   # closed meanwhile; the library's reconnect must not break
+                logger.warning("NATS connection %s: %s", self.name, error)
 
     async def _closed_for_good(self) -> None:
         if self._is_closing:
@@ -453,18 +379,3 @@ class Connection:
         self._connected.set()
         if self._on_fatal is not None:
             self._on_fatal(self._fatal)
-
-
-def _checked(data: bytes) -> dict[str, Any]:
-    try:
-        answer: dict[str, Any] = json.loads(data)
-    except ValueError:
-        raise Unavailable(f"not an answer of JetStream: {data[:80]!r}") from None
-    if (error := answer.get("error")) is not None:
-        raise ApiError(error.get("code", 0), error.get("err_code", 0), error.get("description", "no reason given"))
-    return answer
-
-
-def _rfc3339(unix_ms: int) -> str:
-    seconds, millis = divmod(unix_ms, 1000)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{millis:03d}Z"

@@ -4,7 +4,7 @@
     ├── InvalidField          a job or a request says something that cannot be honoured (field, reason)
     ├── MalformedMessage      bytes from a wire that are not one of our messages
     ├── QueueFull             the job's class is at its bound; retry later (retry_after_s)
-    ├── PayloadTooLarge       over the broker's max_payload (size, limit)
+    ├── PayloadTooLarge       a message or a body over its limit (size, limit)
     ├── Unavailable           NATS or Redis cannot be reached in time
     ├── Fenced                another worker took over: this incarnation must stop (subject)
     ├── LayoutMismatch        a KV handle was made by a worker with another model or cache layout
@@ -41,10 +41,10 @@ class QueueFull(TokenmillError):
 
 
 class PayloadTooLarge(TokenmillError):
-    """The encoded message is larger than the broker takes."""
+    """A message or a request body is larger than its limit."""
 
-    def __init__(self, size: int, limit: int) -> None:
-        super().__init__(f"message of {size} bytes is over the broker's limit of {limit} bytes")
+    def __init__(self, size: int, limit: int, what: str = "message", setting: str = "max_payload of NATS") -> None:
+        super().__init__(f"{what} of {size} bytes is over the limit of {limit} bytes ({setting})")
         self.size = size
         self.limit = limit
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coordinator import subjects
-from coordinator.connection import SIZE_MARGIN_BYTES, STREAM_NOT_FOUND, ApiError, Connection
+from coordinator.connection import SIZE_MARGIN_BYTES, ApiError
 from coordinator.errors import ConfigError
+from coordinator.jetstream import STREAM_NOT_FOUND, JetStream
 from coordinator.messages import CLASSES, check_id
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def consumers(model: str) -> list[ConsumerSettings]:
     return [*jobs, ConsumerSettings(stream=subjects.HANDOFF, name=subjects.handoff_consumer(model), filter_subject=subjects.handoff(model))]
 
 
-async def provision(connection: Connection, model: str, max_queued: int | None) -> bool:
+async def provision(connection: JetStream, model: str, max_queued: int | None) -> bool:
     """True if this call created the JOBS stream. Raises ConfigError, InvalidField (model), Unavailable."""
     check_id("model", model)
     if connection.server_version < LEAST_SERVER_VERSION:
@@ -87,7 +88,7 @@ async def provision(connection: Connection, model: str, max_queued: int | None) 
     return subjects.JOBS in created
 
 
-async def _ensure_stream(connection: Connection, settings: StreamSettings, mark: str, attempt_s: float) -> bool:
+async def _ensure_stream(connection: JetStream, settings: StreamSettings, mark: str, attempt_s: float) -> bool:
     """True if this call, or an earlier try of it, created the stream."""
     name = settings.name
     try:
@@ -118,7 +119,7 @@ async def _ensure_stream(connection: Connection, settings: StreamSettings, mark:
     return bool((existing.get("metadata") or {}).get("created_by") == mark)
 
 
-async def _ensure_consumer(connection: Connection, settings: ConsumerSettings, attempt_s: float) -> None:
+async def _ensure_consumer(connection: JetStream, settings: ConsumerSettings, attempt_s: float) -> None:
     where = f"{settings.stream}.{settings.name}"
     required = {"durable_name": settings.name, "name": settings.name, "filter_subject": settings.filter_subject,
                 "ack_policy": "explicit", "ack_wait": _nanos(subjects.ACK_WAIT_S), "max_ack_pending": subjects.MAX_ACK_PENDING,

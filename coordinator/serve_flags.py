@@ -4,6 +4,7 @@ import argparse
 import ipaddress
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from coordinator.errors import ConfigError
 
@@ -120,6 +121,8 @@ def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[st
         raise ConfigError(f"--run_mode {flags.run_mode} needs --pd_master_ip and --pd_master_port, or --nats_url and --redis_url")
     if bool(flags.nats_url) != bool(flags.redis_url):
         raise ConfigError("--nats_url and --redis_url go together: give both or neither")
+    if not (Path(flags.model_dir) / "config.json").is_file():
+        raise ConfigError(f"--model_dir {flags.model_dir}: there is no config.json in it")
     if not flags.insecure and not _is_loopback(flags.host):
         raise ConfigError(f"--host {flags.host}: not a loopback address, and there are no keys yet; say --insecure to bind it all the same")
 

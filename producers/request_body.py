@@ -12,13 +12,13 @@ async def read_object(request: Request, max_bytes: int) -> dict[str, Any]:
     """Raises PayloadTooLarge, InvalidField (field `body`), or starlette's ClientDisconnect."""
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_bytes:
-        raise PayloadTooLarge(int(declared), max_bytes)
+        raise PayloadTooLarge(int(declared), max_bytes, "body", "--max_body_bytes")
     chunks: list[bytes] = []
     size = 0
     async for chunk in request.stream():
         size += len(chunk)
         if size > max_bytes:
-            raise PayloadTooLarge(size, max_bytes)
+            raise PayloadTooLarge(size, max_bytes, "body", "--max_body_bytes")
         chunks.append(chunk)
     try:
         body = orjson.loads(b"".join(chunks))

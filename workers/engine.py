@@ -143,7 +143,7 @@ class Engine:
         try:
             self._scheduler.add(open_sequence(command, self._limits))
         except InvalidField as error:
-            self._send(Failed(job_id=command.job_id, error=str(error), field=error.field))
+            self._send(Failed(job_id=command.job_id, error=error.reason, field=error.field))
         except PagesExhausted as error:
             self._send(Failed(job_id=command.job_id, error=str(error), field="max_new_tokens"))
 
@@ -159,15 +159,14 @@ class Engine:
         return list(events)
 
     def _send_stats(self, is_idle: bool) -> None:
-        """Now if a sequence ended or nothing will happen until the next command, else at most once per interval; never the same twice."""
+        """Always if a sequence ended; else what changed, once per interval, or at once if nothing will run before the next command."""
         now = time.monotonic()
         if not (self._are_stats_due or is_idle or now - self._stats_sent_at >= STATS_INTERVAL_S):
             return
-        self._stats_sent_at, self._are_stats_due = now, False
         stats = self._scheduler.stats()
-        if stats != self._last_stats:
-            self._last_stats = stats
+        if self._are_stats_due or stats != self._last_stats:
             self._send(stats)
+        self._stats_sent_at, self._are_stats_due, self._last_stats = now, False, stats
 
     def warm_up(self) -> None:
         """Run every operation once, so that the first request does not pay for lazy set-up. Leaves nothing behind but page 0's bytes."""

@@ -283,13 +283,13 @@ async def test_malformed_frames_are_left_out_and_counted(bus: Bus) -> None:
 
 async def test_a_read_that_is_cut_by_a_restart_goes_on_where_it_was(own_services: EmbeddedServices,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coordinator.connection.READ_BATCH", 10)
+    monkeypatch.setattr("coordinator.jetstream.READ_BATCH", 10)
     async with await Bus.connect(own_services.nats_url, "w1") as bus:
         await bus.provision("m")
         chain = Chain(bus, CHAIN)
         for i in range(100):
             await chain.append(a_frame(i).encode())
-        exchange, num_reads = Connection._exchange, 0
+        exchange, num_reads = Connection.exchange, 0
 
         async def exchange_with_restart(self: Connection, *arguments: object) -> object:
             nonlocal num_reads
@@ -298,7 +298,7 @@ async def test_a_read_that_is_cut_by_a_restart_goes_on_where_it_was(own_services
                 await asyncio.to_thread(own_services.restart_nats)
             return await exchange(self, *arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(Connection, "_exchange", exchange_with_restart)
+        monkeypatch.setattr(Connection, "exchange", exchange_with_restart)
         reading: Awaitable[list[Frame]] = frames_of(bus)
         assert await reading == [a_frame(i) for i in range(100)]
         assert num_reads >= 10

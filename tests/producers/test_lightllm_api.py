@@ -239,7 +239,8 @@ async def test_a_broker_that_is_away_answers_503(own_services: EmbeddedServices,
         own_services.nats.kill()
         response = await rest.post("/generate", {"inputs": "Hi"})
         assert response.status_code == 503 and response.headers["retry-after"] == "1"
-        own_services.nats.start()  # lets the shim say goodbye
+        own_services.nats.start()
+        await rest.app.state.shim.client.bus.flush()  # connected again
 
 
 @pytest.mark.parametrize(("reason", "error", "status"), [

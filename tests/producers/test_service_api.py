@@ -73,6 +73,7 @@ async def test_a_server_that_is_away_makes_the_farm_not_ready(own_services: Embe
         assert response.status_code == 503 and server in response.json()["message"].lower()
         assert (await rest.http.get("/liveness")).status_code == 200
         getattr(own_services, server).start()
+        await rest.app.state.shim.client.bus.flush()  # connected again
 
 
 async def test_token_load_sums_the_pools_of_live_workers(open_rest: OpenRest, redis_url: str, model: str) -> None:

@@ -6,12 +6,13 @@
 """
 
 import argparse
+import gc
 import random
 import sys
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,10 +52,36 @@ class TooLarge(Exception):
     """More states than allowed."""
 
 
-def explore(setting: Setting, max_states: int = 5_000_000) -> Report:
-    """Breadth first over all states: the first violation has a shortest path. Then: can every state still finish? Raises TooLarge."""
+def explore(setting: Setting, max_states: int = 5_000_000, after: Iterable[str] = ()) -> Report:
+    """All that may happen, after these steps have. Raises TooLarge.
+
+    Breadth first, so the first violation has a shortest path. Then: can every state in which a fresh worker is left still finish, and
+    is nothing held where nothing more is to be done?
+    """
+    was_collecting = gc.isenabled()
+    gc.disable()                            # states are values without cycles, by the hundred thousand
+    try:
+        return _explore(setting, max_states, follow(setting, after))
+    finally:
+        if was_collecting:
+            gc.enable()
+
+
+def follow(setting: Setting, names: Iterable[str]) -> State:
+    """The state after these steps. Raises ValueError where one of them cannot happen."""
+    state = start(setting)
+    for name in names:
+        options = {step.name: step.state for step in steps(setting, state)}
+        if name not in options:
+            raise ValueError(f"no step {name!r}, but: {', '.join(options)}")
+        state = options[name]
+        if (problem := wrong(setting, state)):
+            raise ValueError(f"{name}: {problem}")
+    return state
+
+
+def _explore(setting: Setting, max_states: int, first: State) -> Report:
     began = time.perf_counter()
-    first = start(setting)
     number: dict[State, int] = {first: 0}
     states: list[State] = [first]
     parents = array("l", [-1])

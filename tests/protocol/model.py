@@ -102,7 +102,7 @@ class Local(NamedTuple):
 IDLE = Local()
 HOLDING = ("fence", "read", "work", "fold", "finish", "ack", "offered")
 ASSERTED = ("work", "fold")
-KEPT = ("idle", "finish", "ack")            # the final record stands: nothing to assert, only to clear away
+DROPPED = ("fence", "offered")    # claimed but not yet read, or perhaps taken by somebody: only a new claim can tell
 
 
 class Slot(NamedTuple):
@@ -379,7 +379,7 @@ def membership(m: Setting, s: State, w: int) -> Iterator[Step]:
 
 
 def assert_again(m: Setting, s: State, w: int) -> State:
-    """One script: the lease, and every job past its fence that is not offered. The rest is dropped, without asking anybody."""
+    """One script: the lease, and every job past its fence that is not offered. Others that Redis had as its own are dropped."""
     s = with_lease(s, w, "live")
     if not s.redis.grace:
         s = s._replace(guilty=s.guilty - {w})    # broken rule: Redis has told it that all is well
@@ -387,7 +387,7 @@ def assert_again(m: Setting, s: State, w: int) -> State:
     for j, local in enumerate(s.slots[w].local):
         if local.pc in phases:
             s = assert_job(m, s, w, j, local)
-        elif local.pc not in KEPT:
+        elif local.pc in DROPPED:
             s = with_local(s, w, j, IDLE)
             if s.slots[w].pin and s.slots[w].pin[0] == j:
                 s = s._replace(slots=put(s.slots, w, s.slots[w]._replace(pin=None)))
