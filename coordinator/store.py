@@ -3,7 +3,7 @@
 Every change is one Lua script, atomic and fenced by (epoch, owner); docs/protocol.md has the rules and what each field is for. All keys
 share one hash tag, so that they live in one slot of a cluster. Time is the server's (TIME), never a client's clock.
 
-    {tokenmill}:meta            hash   run, era, grace_until, jobs_floor, incarnation
+    {tokenmill}:meta            hash   run, era, grace_until, jobs_floor, incarnation, seen
     {tokenmill}:leases          hash   "worker.incarnation" -> expiry, ms
     {tokenmill}:workers         hash   "worker.incarnation" -> msgpack of what the worker says of itself
     {tokenmill}:job:<id>        hash   state, epoch, owner, era, is_swept, chains, unfenced, ack, origin, model, cancelled, taken
@@ -33,20 +33,25 @@ DONE_TTL_S = 3600
 SOCKET_TIMEOUT_S = 1.0
 
 # Head of every script: the server's clock, and the era. Another server process (restart, failover, restore) or missing meta data means
-# that anything may have been lost: a new era begins, in whose first lease (grace) living owners say again what they own.
+# that anything may have been lost: a new era begins, in whose first lease (grace) living owners say again what they own. A Redis that
+# heard nobody for half a lease was itself away (owners renew five times a lease): leases did not lapse for lack of life, so grace too.
 _HEAD = """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local meta, leases = KEYS[1], KEYS[2]
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
-local m = redis.call('HMGET', meta, 'run', 'era', 'grace_until', 'jobs_floor')
-local era, grace_until, floor = m[2], tonumber(m[3] or '0'), m[4]
+local m = redis.call('HMGET', meta, 'run', 'era', 'grace_until', 'jobs_floor', 'seen')
+local era, grace_until, floor, silence = m[2], tonumber(m[3] or '0'), m[4], now - tonumber(m[5] or '0')
 if m[1] ~= run then
   era, grace_until, floor = run .. ':' .. string.format('%.0f', now), now + tonumber(ARGV[1]), false
   redis.call('HSET', meta, 'run', run, 'era', era, 'grace_until', string.format('%.0f', grace_until))
   redis.call('HDEL', meta, 'jobs_floor')
   redis.call('DEL', leases)
+elseif m[5] and silence > ARGV[1] / 2 then
+  grace_until = math.max(grace_until, now + tonumber(ARGV[1]))
+  redis.call('HSET', meta, 'grace_until', string.format('%.0f', grace_until))
 end
+if not m[5] or silence > ARGV[1] / 10 then redis.call('HSET', meta, 'seen', string.format('%.0f', now)) end
 local function int(n) return string.format('%.0f', n) end
 local function lives(owner)
   local expiry = redis.call('HGET', leases, owner)

@@ -4,7 +4,7 @@ from coordinator.messages import CLASSES
 
 JOBS, HANDOFF, OUT, RESULTS, DLQ, ROSTER = "JOBS", "HANDOFF", "OUT", "RESULTS", "DLQ", "ROSTER"
 ANY_LANE = "any"
-ACK_WAIT_S = 15.0
+ACK_WAIT_S = 5.0              # as long as a lease: a message that died with its receiver, before it was claimed, is back as soon as one that was
 MAX_ACK_PENDING = 1_000_000      # nats-server's default of 1,000 stalls silently
 MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
 OUT_MAX_AGE_S = 3600.0

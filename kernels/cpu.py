@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate_(x: Tensor, rotation: Tensor) -> None:
-    pairs = x.unflatten(-1, (-1, 2))
+    pairs = torch.unflatten(x, -1, (-1, 2))
     if x.dtype != torch.float32 or any(stride % 2 for stride in pairs.stride()[:-1]) or x.storage_offset() % 2:
         reference.rotate_(x, rotation)
         return

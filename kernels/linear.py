@@ -33,7 +33,7 @@ def cpu_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """
     if weight.dtype == torch.float32 and torch.backends.quantized.engine in ("x86", "fbgemm") and is_float16_exact(weight):
         return _float16_linear(weight, bias)
-    if torch.backends.mkldnn.is_available():
+    if torch._C._has_mkldnn:
         return _onednn_linear(weight, bias)
     return plain_linear(weight, bias)
 
@@ -47,10 +47,10 @@ def is_float16_exact(weight: Tensor) -> bool:
 def _float16_linear(weight: Tensor, bias: Tensor | None) -> Linear:
     packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
     product = torch.ops.quantized.linear_dynamic_fp16.default
-    return lambda x: product(x, packed)  # type: ignore[no-any-return]
+    return lambda x: product(x, packed)
 
 
 def _onednn_linear(weight: Tensor, bias: Tensor | None) -> Linear:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
     product = torch.ops.mkldnn._linear_pointwise.default
-    return lambda x: product(x, packed, bias, "none", [], "")  # type: ignore[no-any-return]
+    return lambda x: product(x, packed, bias, "none", [], "")

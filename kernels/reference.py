@@ -23,7 +23,7 @@ def rotate_(x: Tensor, rotation: Tensor) -> None:
     rotation  [T, d/2, 2] float32: cosine and sine of the token's angles
     """
     cos, sin = rotation.unsqueeze(1).unbind(-1)
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    first, second = torch.unflatten(x.float(), -1, (-1, 2)).unbind(-1)
     x.copy_(torch.stack((first * cos - second * sin, first * sin + second * cos), -1).flatten(-2))
 
 
@@ -41,7 +41,7 @@ def route_softmax(logits: Tensor, top_k: int, num_groups: int, groups_per_token:
     """
     scores = logits.softmax(-1)
     if num_groups > 1:
-        group_scores = scores.unflatten(-1, (num_groups, -1)).amax(-1)
+        group_scores = torch.unflatten(scores, -1, (num_groups, -1)).amax(-1)
         scores = scores.masked_fill(~_in_best_groups(group_scores, groups_per_token, scores.shape[-1]), 0.0)
     weights, ids = scores.topk(top_k, -1, sorted=False)
     return ids, weights * scaling_factor
@@ -55,7 +55,7 @@ def route_noaux(logits: Tensor, bias: Tensor, top_k: int, num_groups: int, group
     """
     scores = logits.sigmoid()
     for_choice = scores + bias
-    group_scores = for_choice.unflatten(-1, (num_groups, -1)).topk(2, -1)[0].sum(-1)
+    group_scores = torch.unflatten(for_choice, -1, (num_groups, -1)).topk(2, -1)[0].sum(-1)
     for_choice = for_choice.masked_fill(~_in_best_groups(group_scores, groups_per_token, scores.shape[-1]), float("-inf"))
     ids = for_choice.topk(top_k, -1, sorted=False)[1]
     weights = scores.gather(1, ids)
@@ -164,7 +164,7 @@ def mla_chunk(q: Tensor, cache: Tensor, chunk: Chunk, kv_b: Tensor, scale: float
     num_heads, _, latent_dim = kv_b.shape
     latents, rotated = cache[chunk.slots].tensor_split((latent_dim,), -1)
     nope_dim = q.shape[-1] - rotated.shape[-1]
-    per_head = F.linear(latents, kv_b.flatten(0, 1)).unflatten(-1, (num_heads, -1))
+    per_head = F.linear(latents, kv_b.flatten(0, 1)).view(latents.shape[0], num_heads, -1)
     keys = torch.cat((per_head[..., :nope_dim], rotated.unsqueeze(1).expand(-1, num_heads, -1)), -1)
     out = F.scaled_dot_product_attention(q.transpose(0, 1), keys.transpose(0, 1), per_head[..., nope_dim:].transpose(0, 1),
                                          attn_mask=chunk.mask, is_causal=chunk.mask is None, scale=scale)

@@ -33,7 +33,8 @@ class KVCache:
         self.layers: list[Tensor] = []             # per layer, as the model reads it; empty for an attached pool
 
     @classmethod
-    def create(cls, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device, weights: str = "") -> "KVCache":
+    def create(cls, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device,
+               weights: str = "") -> "KVCache":
         """A zeroed pool. `weights` is `loader.weights_hash` of the model, for the layout. Raises ConfigError if memory is short."""
         layout = KVLayout(model="", weights=weights, kind=config.kv_kind, num_layers=config.num_layers, row=config.kv_row,
                           dtype=str(dtype).removeprefix("torch."), page_size=page_size)
@@ -43,11 +44,9 @@ class KVCache:
             cache = cls(flat, layout, num_pages, f"/proc/{os.getpid()}/fd/{fd}", fd)
         else:
             cache = cls(torch.zeros(shape, dtype=dtype, device=device), layout, num_pages, "", -1)
-        per_layer = cache._flat.unflatten(0, (config.num_layers, -1))
-        if config.mla:
-            cache.layers = [layer[0] for layer in per_layer]
-        else:
-            cache.layers = [layer.unflatten(-1, (config.num_kv_heads, config.head_dim)) for layer in per_layer]
+        slots = num_pages * page_size
+        tail = (slots, config.kv_row) if config.mla else (2, slots, config.num_kv_heads, config.head_dim)
+        cache.layers = list(cache._flat.view(config.num_layers, *tail))
         return cache
 
     @classmethod

@@ -56,7 +56,8 @@ class Checkpoint:
     tensors that are missing or of another shape, from `finish` for tensors that nobody read.
     """
 
-    def __init__(self, model_dir: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None = None) -> None:
+    def __init__(self, model_dir: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device,
+                 progress: Progress | None = None) -> None:
         self.dtype = dtype
         self.device = device
         self._dir = model_dir
@@ -73,10 +74,11 @@ class Checkpoint:
         """The tensor `name`, which must have `shape`."""
         return self.stacked([name], list(shape), dtype=dtype)
 
-    def stacked(self, names: Sequence[str], shape: list[int], *, rows: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def stacked(self, names: Sequence[str], shape: list[int], *, rows: Sequence[int] | None = None,
+                dtype: torch.dtype | None = None) -> Tensor:
         """Several tensors one below the other in one of `shape`; `rows` tells how the first dimension is split among them."""
         out = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
-        for name, part in zip(names, out.split(list(rows or shape[:1])), strict=True):
+        for name, part in zip(names, out.split_with_sizes(list(rows or shape[:1])), strict=True):
             self.fill(part, name)
         return out
 
@@ -114,7 +116,7 @@ class Checkpoint:
         with self._lock:
             handle = self._handles.get(stored.file)
             if handle is None:
-                handle = self._handles[stored.file] = safe_open(stored.file, framework="pt", device="cpu")  # type: ignore[no-untyped-call]
+                handle = self._handles[stored.file] = safe_open(stored.file, framework="pt", device="cpu")
             tensor: Tensor = handle.get_tensor(name)  # a view of the mapped file: no bytes are read yet
             return tensor
 
@@ -125,7 +127,7 @@ class Checkpoint:
             raise ConfigError(f"{stored.file}: {name} is fp8, but it or config.json's quantization_config lacks what block scales need")
         (rows, columns), (block_rows, block_columns) = stored.shape, self._fp8_block
         if scales.shape != (-(-rows // block_rows), -(-columns // block_columns)):
-            raise ConfigError(f"{stored.file}: {name}{SCALE_SUFFIX} has shape {list(scales.shape)}, which does not cover {list(stored.shape)}")
+            raise ConfigError(f"{stored.file}: {name}{SCALE_SUFFIX} of shape {list(scales.shape)} does not cover {list(stored.shape)}")
         scale = self._mapped(name + SCALE_SUFFIX, scales).float()
         self._count(name + SCALE_SUFFIX, scales)
         by_element = scale.repeat_interleave(block_rows, 0)[:rows].repeat_interleave(block_columns, 1)[:, :columns]
@@ -203,7 +205,7 @@ def _parse_header(path: Path) -> dict[str, dict[str, Any]]:
     """Tensor name -> {dtype, shape, data_offsets}. Raises ConfigError if the file is not safetensors or was cut off."""
     raw = _read_header(path)
     try:
-        safe_open(path, framework="pt", device="cpu")  # type: ignore[no-untyped-call]  # checks offsets, sizes and that nothing is cut off
+        safe_open(path, framework="pt", device="cpu")  # checks offsets, sizes and that nothing is cut off
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path}: {error}") from None
     header: dict[str, dict[str, Any]] = json.loads(raw)

@@ -245,7 +245,8 @@ def _rope(read: _Reader, dim: int, max_position: int, *, is_interleaved: bool) -
     if kind == "default":
         return RopeConfig(dim=dim, theta=theta, kind=kind, interleaved=is_interleaved)
     # An outer original_max_position_embeddings wins over the inner one, as transformers has it.
-    original = read.count("original_max_position_embeddings", default=scaling.count("original_max_position_embeddings", default=max_position))
+    inner = scaling.count("original_max_position_embeddings", default=max_position)
+    original = read.count("original_max_position_embeddings", default=inner)
     factor = scaling.number("factor", default=max_position / original if kind == "yarn" else None)
     attention_factor = given.get("attention_factor")
     return RopeConfig(

@@ -65,8 +65,9 @@ KINDS: dict[str, Kind] = {
     "deepseek-v2-lite": Kind("DeepseekV2ForCausalLM", "deepseek_v2", DEEPSEEK_FULL | {
         "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 27, "num_attention_heads": 16,
         "num_key_value_heads": 16, "vocab_size": 102400, "q_lora_rank": None, "n_routed_experts": 64, "n_shared_experts": 2,
-        "num_experts_per_tok": 6, "first_k_dense_replace": 1, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "scoring_func": "softmax",
-        "norm_topk_prob": False, "routed_scaling_factor": 1.0, "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        "num_experts_per_tok": 6, "first_k_dense_replace": 1, "topk_method": "greedy", "n_group": 1, "topk_group": 1,
+        "scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+        "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
     }, DEEPSEEK_SMALL),
     "deepseek-v2": Kind("DeepseekV2ForCausalLM", "deepseek_v2", DEEPSEEK_FULL | {
         "hidden_size": 5120, "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_hidden_layers": 60, "num_attention_heads": 128,
@@ -100,12 +101,13 @@ class Overrides:
     tied: bool | None = None
 
 
-OVERRIDE_KEYS = {"layers": "num_hidden_layers", "hidden": "hidden_size", "intermediate": "intermediate_size", "heads": "num_attention_heads",
-                 "kv_heads": "num_key_value_heads", "experts": "n_routed_experts", "vocab": "vocab_size",
+OVERRIDE_KEYS = {"layers": "num_hidden_layers", "hidden": "hidden_size", "intermediate": "intermediate_size",
+                 "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "experts": "n_routed_experts", "vocab": "vocab_size",
                  "max_position": "max_position_embeddings", "tied": "tie_word_embeddings"}
 
 
-def write_random_model(path: Path, like: str, overrides: Overrides | None = None, *, seed: int = 0, dtype: str = "float32", full: bool = False) -> Path:
+def write_random_model(path: Path, like: str, overrides: Overrides | None = None, *, seed: int = 0, dtype: str = "float32",
+                       full: bool = False) -> Path:
     """Write a checkpoint to the folder `path` (made if need be) and return it.
 
     like   one of KINDS
@@ -127,7 +129,7 @@ def write_random_model(path: Path, like: str, overrides: Overrides | None = None
 def _config(kind: Kind, overrides: Overrides, dtype: str, *, full: bool) -> dict[str, Any]:
     config = kind.full | ({} if full else kind.small)
     config |= {OVERRIDE_KEYS[name]: value for name, value in asdict(overrides).items() if value is not None}
-    if "kv_lora_rank" in config or (overrides.heads and not overrides.kv_heads and config["num_attention_heads"] % config["num_key_value_heads"]):
+    if "kv_lora_rank" in config or (overrides.kv_heads is None and config["num_attention_heads"] % config["num_key_value_heads"]):
         config["num_key_value_heads"] = config["num_attention_heads"]
     if not full and "rope_scaling" in config:  # so that small positions already reach the scaled range
         config["rope_scaling"] = config["rope_scaling"] | {"original_max_position_embeddings": 64}

@@ -242,9 +242,9 @@ class Scheduler:
                 return
             limit = sequence.source.num_tokens if sequence.source else len(sequence.token_ids) - 1
             sequence.path = self.cache.match(sequence.token_ids, limit)
-            if not self._fits(sequence):
+            self._may_admit = self._fits(sequence)
+            if not self._may_admit or self._finds_half_of_it_next_step(sequence, step):
                 self.cache.unlock(sequence.path)
-                self._may_admit = False
                 return
             self._waiting.popleft()
             self._active.append(sequence)
@@ -255,6 +255,16 @@ class Scheduler:
                 self._start_import(sequence, sequence.source, step)
             else:
                 self._start_prefill(sequence, step)
+
+    def _finds_half_of_it_next_step(self, sequence: Sequence, step: Step) -> bool:
+        """Whether this very step computes at least half of what it lacks, for another with the same beginning."""
+        if sequence.source is not None or not self.settings.prefix_cache:
+            return False
+        size, found = self.settings.page_size, len(sequence.path)
+        enough = found + max(1, (len(sequence.token_ids) // size - found) // 2)
+        beginning = sequence.token_ids[:enough * size]
+        return any(count > 1 and other.num_computed + count >= enough * size and other.token_ids[:enough * size] == beginning
+                   for other, count in step.chunks.items())
 
     def _start_prefill(self, sequence: Sequence, step: Step) -> None:
         sequence.state = State.RUNNING

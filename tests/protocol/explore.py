@@ -191,6 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--joins", action="store_true", help="workers start unregistered")
     parser.add_argument("--break", dest="broken", action="append", default=[], choices=sorted(SWITCHES), metavar="SWITCH")
     parser.add_argument("--walks", type=int, default=0, help="random walks instead of all states")
+    parser.add_argument("--fault_share", type=float, default=0.3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_states", type=int, default=5_000_000)
     flags = parser.parse_args(argv)
@@ -203,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(bool(report.problem))
     generator, num_steps, began = random.Random(flags.seed), 0, time.perf_counter()
     for _ in range(flags.walks):
-        report = walk(setting, generator.randrange)
+        report = walk(setting, generator.randrange, fault_share=flags.fault_share)
         num_steps += report.num_states
         if report.problem:
             print(report)

@@ -19,6 +19,9 @@ from typing import NamedTuple
 SWITCHES = {
     "no_fence": "the new owner does not fence",
     "forget_unfenced": "a claim fences the last owner only, not those whose fencing is not yet confirmed",
+    "read_first": "the new owner reads the chains before it fences them",
+    "skip_empty_chains": "a chain without frames is not fenced",
+    "forget_chains": "the new owner reads only the chains that it fenced",
     "fence_givers": "a claim also fences those who gave the job away",
     "no_condemn": "an owner from whom a job was taken may renew its lease",
     "ack_early": "the message is acknowledged while the job runs",
@@ -31,6 +34,7 @@ SWITCHES = {
     "no_generation": "the answer does not compare the pin's generation",
     "take_back_same_epoch": "a giver goes on by itself under the epoch of the handle that is out",
     "give_up_in_flight": "a job is put back while a frame with its token is still under way",
+    "cancel_while_offered": "a giver ends a cancelled job without taking it back first",
     "cancel_skips_chain": "a cancelled job's final record is written without a last frame",
     "trust_older": "a Redis restored from an older file is taken for the truth",
     "no_grace": "after a loss of Redis, jobs are claimed before the living could assert theirs",
@@ -455,7 +459,11 @@ def claim(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
     granted = grant(m, s, w, j, record, local.roster[1] if sweeps and local.roster else frozenset())
     now = known(granted, j)
     assert now
-    yield Step(f"{w} claims {j}", with_local(granted, w, j, Local("fence", now.epoch, 0, now.chains, frozenset() if "no_fence" in m.broken else now.unfenced)))
+    chains = now.unfenced | {w} if "forget_chains" in m.broken else now.chains
+    shown, ends = frames_of(m, s, j, now.chains)
+    unfenced = frozenset() if "no_fence" in m.broken else now.unfenced
+    fencing = Local("fence", now.epoch, len(shown) if "read_first" in m.broken and not ends else 0, chains, unfenced)
+    yield Step(f"{w} claims {j}", with_local(granted, w, j, fencing))
     if s.left.lost_reply:
         yield Step(f"{w} claims {j}, reply lost", spend(granted, "lost_reply"), "fault")
 
@@ -480,7 +488,10 @@ def fence(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
     local = s.slots[w].local[j]
     for o in local.unfenced:
         origin = m.origin(j)
-        t = s._replace(chains=put(s.chains, o, put(s.chains[o], origin, s.chains[o][origin]._replace(is_sealed=True))))
+        chain = s.chains[o][origin]
+        if chain.frames or "skip_empty_chains" not in m.broken:
+            chain = chain._replace(is_sealed=True)
+        t = s._replace(chains=put(s.chains, o, put(s.chains[o], origin, chain)))
         record = known(s, j)
         if record and o in record.unfenced:
             t = with_record(t, j, record._replace(unfenced=record.unfenced - {o}))
@@ -489,7 +500,8 @@ def fence(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
         yield Step(f"{w} fences {o} for {j}", with_local(t, w, j, local._replace(unfenced=local.unfenced - {o})))
     if not local.unfenced:
         tokens, ends = frames_of(m, s, j, local.chains)
-        after = local._replace(pc="fold" if ends else "work", index=len(tokens))
+        index = local.index if "read_first" in m.broken and not ends else len(tokens)
+        after = local._replace(pc="fold" if ends else "work", index=index)
         yield Step(f"{w} reads {len(tokens)} of {j}", with_local(s, w, j, after))
 
 
@@ -529,6 +541,8 @@ def offered(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
     local, slot = s.slots[w].local[j], s.slots[w]
     if local.flag:
         yield Step(f"{w} emits {local.index} of {j} after all", emit(m, s, w, j, local.index, local._replace(index=local.index + 1, flag=False)))
+    if "cancel_while_offered" in m.broken and s.jobs[j].is_cancelled:
+        yield Step(f"{w} emits cancelled for {j}", emit(m, s, w, j, "cancelled", local._replace(pc="fold")))
     unpinned = slot._replace(pin=None) if slot.pin and slot.pin[0] == j else slot
     t = s._replace(slots=put(s.slots, w, unpinned))
     if unpinned != slot:

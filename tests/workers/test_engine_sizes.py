@@ -1,6 +1,5 @@
 """Defaults by device, and refusals that name the setting."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest

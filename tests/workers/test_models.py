@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +158,11 @@ def test_logits_of_every_token_are_those_of_transformers(pair: Pair, cuts: list[
     expected = pair.oracle_logits(token_ids)
     pages = scattered_pages(90, seed)
     borders = sorted({0, *cuts, 90})
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in pairwise(borders):
         slots = [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(start, end)]
-        rows = list(range(end - start))
-        logits = pair.runner.forward(ForwardBatch(token_ids[start:end], list(range(start, end)), slots, [end - start], [end], [pages], rows))
+        count = end - start
+        batch = ForwardBatch(token_ids[start:end], list(range(start, end)), slots, [count], [end], [pages], list(range(count)))
+        logits = pair.runner.forward(batch)
         torch.testing.assert_close(logits, expected[start:end], atol=1e-4, rtol=0)
 
 

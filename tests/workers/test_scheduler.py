@@ -133,6 +133,18 @@ def test_a_prompt_finds_what_another_is_still_computing() -> None:
     assert first.page_table[:4] == second.page_table[:4] and scheduler.num_held_pages == 6
 
 
+def test_equal_prompts_that_come_together_are_computed_once() -> None:
+    scheduler = make_scheduler(chunk_size=16, max_batch_tokens=64)
+    for name in "abc":
+        scheduler.add(make_sequence(name, [1, 2, 3, 4, 5, 6, 7, ord(name)], new=2))
+    scheduler.add(make_sequence("d", [9, 9, 9], new=2))
+    first, _ = run_step(scheduler)
+    second, events = run_step(scheduler)
+    assert [sequence.job_id for sequence in first.chunks] == ["a"], "order of arrival holds for d too"
+    assert list(second.chunks.values()) == [1, 2, 2, 3]
+    assert [row for event in events for row in event.prefilled] == [("b", 6), ("c", 6), ("d", 0)]
+
+
 def test_prefill_is_reported_once_with_the_tokens_that_the_cache_had() -> None:
     scheduler = make_scheduler(chunk_size=4)
     scheduler.add(make_sequence("a", [1] * 10, new=3))

@@ -26,7 +26,8 @@ MakeMlp = Callable[[str, int], Callable[[Tensor], Tensor]]       # (prefix, laye
 class Layer:
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, weights: Checkpoint, prefix: str, config: ModelConfig, ops: Ops, attention: Attention, mlp: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, weights: Checkpoint, prefix: str, config: ModelConfig, ops: Ops, attention: Attention,
+                 mlp: Callable[[Tensor], Tensor]) -> None:
         self._attention_norm = weights.tensor(f"{prefix}.input_layernorm.weight", config.hidden_size)
         self._mlp_norm = weights.tensor(f"{prefix}.post_attention_layernorm.weight", config.hidden_size)
         self._attention = attention
@@ -43,7 +44,8 @@ class Layer:
 class Decoder:
     """Embedding, layers, output projection. Calls must be made in torch.inference_mode."""
 
-    def __init__(self, weights: Checkpoint, config: ModelConfig, ops: Ops, make_attention: MakeAttention, make_mlp: MakeMlp, num_threads: int) -> None:
+    def __init__(self, weights: Checkpoint, config: ModelConfig, ops: Ops, make_attention: MakeAttention, make_mlp: MakeMlp,
+                 num_threads: int) -> None:
         shape = (config.vocab_size, config.hidden_size)
         self._embedding = weights.tensor("model.embed_tokens.weight", *shape)
         self._output = ops.make_linear(self._embedding if config.is_tied else weights.tensor("lm_head.weight", *shape), None)

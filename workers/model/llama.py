@@ -44,7 +44,7 @@ class GqaAttention:
     def _fused(self, weights: Checkpoint, prefix: str, kind: str, config: ModelConfig, columns: list[int]) -> Tensor:
         rows = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
         names = [f"{prefix}.{part}_proj.{kind}" for part in "qkv"]
-        fused = weights.stacked(names, [sum(rows), *columns], rows=rows).unflatten(0, (self._num_all, config.head_dim))
+        fused = weights.stacked(names, [sum(rows), *columns], rows=rows).view(self._num_all, config.head_dim, *columns)
         return torch.cat((pair_neighbours(fused[: self._num_rotated], config.rope), fused[self._num_rotated :])).flatten(0, 1)
 
 
@@ -55,6 +55,7 @@ def llama(weights: Checkpoint, config: ModelConfig, ops: Ops, num_threads: int) 
         config,
         ops,
         make_attention=lambda prefix: GqaAttention(weights, prefix, config, ops),
-        make_mlp=lambda prefix, layer: GatedMlp(weights, prefix, ops, config.hidden_size, config.intermediate_size, has_bias=config.has_mlp_bias),
+        make_mlp=lambda prefix, _: GatedMlp(weights, prefix, ops, config.hidden_size, config.intermediate_size,
+                                            has_bias=config.has_mlp_bias),
         num_threads=num_threads,
     )

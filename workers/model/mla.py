@@ -31,8 +31,8 @@ class MlaAttention:
         self._read_down(weights, prefix, config, mla)
         per_head = mla.nope_dim + mla.v_dim
         kv_b = weights.tensor(f"{prefix}.kv_b_proj.weight", config.num_heads * per_head, mla.kv_lora_rank)
-        self._kv_b = kv_b.unflatten(0, (config.num_heads, per_head))                       # [H, nope + v, R]
-        self._w_uk, self._w_uv = self._kv_b.split((mla.nope_dim, mla.v_dim), 1)
+        self._kv_b = kv_b.view(config.num_heads, per_head, mla.kv_lora_rank)               # W_UK above W_UV
+        self._w_uk, self._w_uv = self._kv_b.split_with_sizes((mla.nope_dim, mla.v_dim), 1)
         o_bias = weights.tensor(f"{prefix}.o_proj.bias", config.hidden_size) if config.has_o_bias else None
         o = weights.tensor(f"{prefix}.o_proj.weight", config.hidden_size, config.num_heads * mla.v_dim)
         self._o = ops.make_linear(o, o_bias)
@@ -42,7 +42,7 @@ class MlaAttention:
         q, latent = self._down(x).tensor_split((self._q_width,), -1)
         if mla.q_lora_rank is not None:
             q = self._q_b(ops.rms_norm(q, self._q_norm, LATENT_NORM_EPS))
-        q = q.unflatten(-1, (-1, self._head_dim))
+        q = torch.unflatten(q, -1, (-1, self._head_dim))
         rotated = latent[:, mla.kv_lora_rank :]
         ops.rotate_(q[..., mla.nope_dim :], step.rotation)
         ops.rotate_(rotated.unsqueeze(1), step.rotation)
@@ -58,7 +58,7 @@ class MlaAttention:
 
     def _decode(self, q: Tensor, cache: Tensor, group: DecodeGroup) -> Tensor:
         """q [N, H, nope + rope] -> [N, H, v]"""
-        q_nope, q_rope = q.split((self._mla.nope_dim, self._mla.rope_dim), -1)
+        q_nope, q_rope = q.split_with_sizes((self._mla.nope_dim, self._mla.rope_dim), -1)
         absorbed = torch.bmm(q_nope.transpose(0, 1), self._w_uk).transpose(0, 1)            # [N, H, R]
         attended = self._ops.mla_decode(torch.cat((absorbed, q_rope), -1), cache, group, self._scale, self._mla.kv_lora_rank)
         return torch.bmm(attended.transpose(0, 1), self._w_uv.transpose(1, 2)).transpose(0, 1)
@@ -75,7 +75,7 @@ class MlaAttention:
         bias = None
         if config.has_qkv_bias:  # of the two latents' projections; a full-rank q_proj has none
             bias = torch.zeros(sum(rows), dtype=down.dtype, device=down.device)
-            for name, part in list(zip(names, bias.split(rows), strict=True))[0 if is_low_rank else 1 :]:
+            for name, part in list(zip(names, bias.split_with_sizes(rows), strict=True))[0 if is_low_rank else 1 :]:
                 weights.fill(part, f"{name}.bias")
             bias[self._q_width :] = self._reordered(bias[self._q_width :], 1, config)
         down[self._q_width :] = self._reordered(down[self._q_width :], 1, config)
@@ -88,4 +88,4 @@ class MlaAttention:
         self._down = self._ops.make_linear(down, bias)
 
     def _reordered(self, weight: Tensor, num_heads: int, config: ModelConfig) -> Tensor:
-        return pair_neighbours(weight.unflatten(0, (num_heads, -1)), config.rope).flatten(0, 1)
+        return pair_neighbours(torch.unflatten(weight, 0, (num_heads, -1)), config.rope).flatten(0, 1)

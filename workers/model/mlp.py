@@ -9,7 +9,8 @@ from workers.loader import Checkpoint
 class GatedMlp:
     """down(silu(gate(x)) * up(x)), gate and up in one product."""
 
-    def __init__(self, weights: Checkpoint, prefix: str, ops: Ops, hidden_size: int, intermediate_size: int, *, has_bias: bool = False) -> None:
+    def __init__(self, weights: Checkpoint, prefix: str, ops: Ops, hidden_size: int, intermediate_size: int, *,
+                 has_bias: bool = False) -> None:
         def names(kind: str) -> list[str]:
             return [f"{prefix}.gate_proj.{kind}", f"{prefix}.up_proj.{kind}"]
 

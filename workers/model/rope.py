@@ -21,7 +21,7 @@ def rotation_table(rope: RopeConfig, max_position: int, device: torch.device) ->
 
 def softmax_scale(rope: RopeConfig, head_dim: int) -> float:
     """1 / sqrt(head_dim), with YaRN's `mscale_all_dim` squared where a config has it (DeepSeek)."""
-    scale = head_dim**-0.5
+    scale: float = head_dim**-0.5
     if rope.kind != "default" and rope.mscale_all_dim:
         scale *= _mscale(rope.factor, rope.mscale_all_dim) ** 2
     return scale
@@ -34,8 +34,8 @@ def pair_neighbours(weight: Tensor, rope: RopeConfig) -> Tensor:
     """
     if rope.interleaved:
         return weight
-    kept, rotated = weight.split((weight.shape[1] - rope.dim, rope.dim), 1)
-    halves = rotated.unflatten(1, (2, -1))
+    kept, rotated = weight.split_with_sizes((weight.shape[1] - rope.dim, rope.dim), 1)
+    halves = torch.unflatten(rotated, 1, (2, -1))
     return torch.cat((kept, halves.transpose(1, 2).flatten(1, 2)), 1)
 
 
