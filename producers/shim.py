@@ -11,6 +11,7 @@ from starlette.requests import Request
 from coordinator.errors import Unavailable
 from coordinator.store import WorkerView
 from coordinator.tokenizer import Tokenizer
+from coordinator.watcher import Watcher
 from producers.admission import Admission, model_defaults
 from producers.client import TokenmillClient
 from producers.settings import RestSettings
@@ -29,6 +30,8 @@ class Shim:
         self._background: set[asyncio.Task[None]] = set()
         self._view: tuple[float, list[WorkerView]] | None = None
         self._view_turn = asyncio.Lock()
+        assert client.store is not None
+        self._watcher = Watcher(client.bus, client.store, client.origin)
 
     @classmethod
     async def open(cls, settings: RestSettings) -> Self:
@@ -38,11 +41,14 @@ class Shim:
         admission = Admission(tokenizer=tokenizer, defaults=defaults, max_req_total_len=settings.max_req_total_len)
         client = await TokenmillClient.connect(settings.nats_url, settings.redis_url, model=settings.model_name,
                                                max_queued=settings.max_queued, submit_timeout_s=settings.submit_timeout_s)
-        return cls(settings, admission, client)
+        shim = cls(settings, admission, client)
+        shim._watcher.start()
+        return shim
 
     async def close(self) -> None:
         if self._background:
             await asyncio.wait(self._background, timeout=PING_TIMEOUT_S)
+        await self._watcher.close()
         await self.client.close()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -26,7 +26,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SCALE_SUFFIX = "_scale_inv"            # beside each fp8 weight: float32 scales, one per block
 MAX_HEADER_BYTES = 100 * 1024 * 1024   # the format's own limit
-HASHED_SAMPLE_BYTES = 64 * 1024        # of the data at each end of a file
+HASHED_SAMPLES, HASHED_BYTES = 64, 4096  # evenly spaced in each weight file
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 
 Progress = Callable[[int, int], None]  # (loaded bytes, total bytes)
@@ -143,7 +143,7 @@ class Checkpoint:
 def weights_hash(model_dir: Path) -> str:
     """16 hex digits that differ when the model's numbers differ, without reading them all.
 
-    Covers config.json and, of each weight file, name, size, header and a sample of the data at both ends.
+    Covers config.json and, of each weight file, name, size, header and samples of the data.
     """
     digest = hashlib.sha256()
     try:
@@ -152,11 +152,11 @@ def weights_hash(model_dir: Path) -> str:
         for path in _weight_files(model_dir):
             size = path.stat().st_size
             digest.update(f"\n{path.name} {size}\n".encode())
+            digest.update(_read_header(path))
             with path.open("rb") as file:
-                digest.update(_read_header(path))
-                digest.update(file.read(8 + HASHED_SAMPLE_BYTES))
-                file.seek(max(0, size - HASHED_SAMPLE_BYTES))
-                digest.update(file.read())
+                for i in range(HASHED_SAMPLES):
+                    file.seek(size * i // HASHED_SAMPLES)
+                    digest.update(file.read(HASHED_BYTES))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{model_dir}: {error}") from None
     return digest.hexdigest()[:16]

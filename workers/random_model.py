@@ -171,7 +171,7 @@ def _random_tensor(name: str, shape: tuple[int, ...], seed: int, dtype: torch.dt
     """Every tensor from a seed of its own: equal tensors would route all tokens to the same experts. std None: by fan-in."""
     if name.endswith("norm.weight"):
         return torch.ones(shape, dtype=dtype)
-    generator = torch.Generator().manual_seed((seed << 32) | zlib.crc32(name.encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # the CPU generator takes 32 bits
     if std is None:
         std = 0.1 if len(shape) == 1 else 1.0 if "embed_tokens" in name else 1.0 / math.sqrt(shape[-1])
     kept = torch.float32 if name.endswith("e_score_correction_bias") else dtype

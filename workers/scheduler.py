@@ -165,14 +165,7 @@ class Scheduler:
 
     def complete(self, step: Step, token_ids: Seq[int], logprobs: Seq[float]) -> list[Tokens | Pinned | Failed]:
         """Take in the tokens drawn for `step.sampled`; returns the events in the order in which they are to be sent."""
-        prefilled: list[Prefilled] = []
-        for sequence, count in step.chunks.items():
-            sequence.num_computed += count
-            if count > 1 or not sequence.is_prefill_reported:
-                self._share(sequence)
-            if not sequence.num_pending and not sequence.is_prefill_reported:
-                sequence.is_prefill_reported = True
-                prefilled.append(Prefilled(sequence.job_id, sequence.num_cached_tokens))
+        prefilled = self._advance(step)
         rows: list[TokenRow] = []
         after: list[Pinned | Failed] = []
         for sequence, token_id, logprob in zip(step.sampled, token_ids, logprobs, strict=True):
@@ -187,7 +180,20 @@ class Scheduler:
                 self.cancel(sequence.job_id)
             elif self.settings.role == "prefill":
                 after.append(self._pin(sequence))
-        return [*([Tokens(rows=tuple(rows), prefilled=tuple(prefilled))] if rows or prefilled else []), *after]
+        tokens = [Tokens(rows=tuple(rows), prefilled=tuple(prefilled))] if rows or prefilled else []
+        return [*tokens, *after]
+
+    def _advance(self, step: Step) -> list[Prefilled]:
+        """Count the step's tokens as computed, share pages of prompts, and tell whose prompt is complete."""
+        prefilled = []
+        for sequence, count in step.chunks.items():
+            sequence.num_computed += count
+            if count > 1 or not sequence.is_prefill_reported:
+                self._share(sequence)
+            if not sequence.num_pending and not sequence.is_prefill_reported:
+                sequence.is_prefill_reported = True
+                prefilled.append(Prefilled(sequence.job_id, sequence.num_cached_tokens))
+        return prefilled
 
     # ---- views ----
 

@@ -17,6 +17,7 @@ from coordinator.errors import ConfigError, TokenmillError, Unavailable
 from coordinator.store import Store
 from coordinator.subjects import model_token
 from coordinator.tokenizer import Tokenizer
+from coordinator.watcher import Watcher
 from workers.engine_link import EngineLink
 from workers.engine_messages import Event, Progress, Ready, Stats
 from workers.incarnation import Incarnation
@@ -56,8 +57,11 @@ class Worker:
             bus = await Bus.connect(settings.nats_url, name=settings.worker_id, on_fatal=lambda error: self._fail(f"NATS: {error}"))
             store = Store(settings.redis_url, lease_s=settings.lease_s)
             await self._until_provisioned(bus, store)
+            watcher = Watcher(bus, store, settings.worker_id)
+            watcher.start()
             while not self._stopping.is_set():
                 await self._live(Incarnation(settings, ready, self._stats, engine, tokenizer, bus, store), ready)
+            await watcher.close()
             await bus.close()
             await store.close()
         finally:

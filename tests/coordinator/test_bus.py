@@ -69,7 +69,7 @@ async def test_streams_and_consumers_have_the_settings_that_the_protocol_rests_o
     for stream in (subjects.JOBS, subjects.HANDOFF, subjects.OUT, subjects.RESULTS, subjects.DLQ, subjects.ROSTER):
         assert (await config(stream))["storage"] == "file"   # memory streams vanish with the server
     consumer = (await bus.api(f"CONSUMER.INFO.JOBS.jobs-{model}-batch-any"))["config"]
-    assert (consumer["ack_policy"], consumer["ack_wait"]) == ("explicit", 15 * 10**9)
+    assert (consumer["ack_policy"], consumer["ack_wait"]) == ("explicit", subjects.ACK_WAIT_S * 10**9)
     assert (consumer["max_ack_pending"], consumer["max_deliver"]) == (1_000_000, -1)
 
 

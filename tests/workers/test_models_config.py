@@ -78,10 +78,10 @@ def test_what_cannot_be_honoured_is_refused_by_name(base: dict[str, Any], change
 
 
 def test_a_folder_without_a_readable_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="config.json does not exist"):
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
         ModelConfig.from_dir(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="config.json"):
+    with pytest.raises(ConfigError, match=r"config\.json"):
         ModelConfig.from_dir(tmp_path)
 
 

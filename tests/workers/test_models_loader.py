@@ -97,7 +97,8 @@ def test_an_fp8_checkpoint_equals_its_dequantized_weights(v3_dir: Path, tmp_path
         (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}), r"lm_head\.weight is fp8"),
     ],
 )
-def test_a_tensor_that_does_not_fit_is_named(v3_dir: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str) -> None:
+def test_a_tensor_that_does_not_fit_is_named(v3_dir: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], object],
+                                             message: str) -> None:
     model_dir = changed_copy(v3_dir, tmp_path / "m", change)
     with pytest.raises(ConfigError, match=message):
         load(model_dir, load_workers=3)
