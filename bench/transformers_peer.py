@@ -6,6 +6,7 @@ from time import perf_counter
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 
 class TransformersPeer:
@@ -13,6 +14,7 @@ class TransformersPeer:
 
     def __init__(self, model_dir: Path, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
+        transformers_logging.disable_progress_bar()  # ours is on the screen
         self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
         self._model.generation_config.eos_token_id = None  # go on to the last token, as the farm is told to
         self._model.generation_config.do_sample = False

@@ -71,14 +71,14 @@ class Bus(JetStream):
 
     # --- jobs and hand-overs ------------------------------------------------------------------------------------------------
 
-    async def publish_job(self, job: Job, *, lane: str = subjects.ANY_LANE, message_id: str = "",
+    async def publish_job(self, job: Job, *, lane: str = "", message_id: str = "",
                           deadline_s: float = PUBLISH_DEADLINE_S) -> int:
         """Accept a job: when this returns (its stream sequence) it is durable. Raises QueueFull, PayloadTooLarge, Unavailable.
 
         After Unavailable it may or may not be queued; the same job published again within two minutes is queued once. A replay
         that must not count as that repetition names a `message_id` of its own (default: the job id).
         """
-        return await self._publish_once(subjects.jobs(job.model, job.klass, lane), job.encode(), message_id or job.job_id, deadline_s)
+        return await self._publish_once(subjects.jobs(job.model, job.klass, lane or subjects.tenant_lane(job.tenant)), job.encode(), message_id or job.job_id, deadline_s)
 
     async def publish_handoff(self, model: str, handle: bytes, *, lane: str = subjects.ANY_LANE,
                               deadline_s: float = PUBLISH_DEADLINE_S) -> int:
@@ -107,15 +107,20 @@ class Bus(JetStream):
         return int(info["state"]["last_seq"])
 
     async def counters(self, model: str) -> Counters:
-        jobs = {klass: await self._consumer_info(subjects.JOBS, subjects.jobs_consumer(model, klass)) for klass in CLASSES}
+        pending, ack_pending = dict.fromkeys(CLASSES, 0), dict.fromkeys(CLASSES, 0)
+        for klass in CLASSES:
+            for lane in subjects.job_lanes():
+                info = await self._consumer_info(subjects.JOBS, subjects.jobs_consumer(model, klass, lane))
+                pending[klass] += int(info["num_pending"])
+                ack_pending[klass] += int(info["num_ack_pending"])
         handoff = await self._consumer_info(subjects.HANDOFF, subjects.handoff_consumer(model))
         jobs_depth = await self._depths(subjects.JOBS, f"jobs.{model}.>")
         handoff_depth = await self._depths(subjects.HANDOFF, f"handoff.{model}.>")
         dlq_depth = await self._depths(subjects.DLQ, subjects.dead_letter(model))
         return {
             "jobs": {klass: sum(n for subject, n in jobs_depth.items() if subject.split(".")[2] == klass) for klass in CLASSES},
-            "jobs_pending": {klass: int(info["num_pending"]) for klass, info in jobs.items()},
-            "jobs_ack_pending": {klass: int(info["num_ack_pending"]) for klass, info in jobs.items()},
+            "jobs_pending": pending,
+            "jobs_ack_pending": ack_pending,
             "handoff": sum(handoff_depth.values()),
             "handoff_pending": int(handoff["num_pending"]),
             "handoff_ack_pending": int(handoff["num_ack_pending"]),

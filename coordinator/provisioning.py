@@ -61,9 +61,9 @@ def streams(max_queued: int | None) -> list[StreamSettings]:
 
 
 def consumers(model: str) -> list[ConsumerSettings]:
-    """The consumers of one model's `any` lanes."""
-    jobs = [ConsumerSettings(stream=subjects.JOBS, name=subjects.jobs_consumer(model, klass), filter_subject=subjects.jobs(model, klass))
-            for klass in CLASSES]
+    """The consumers of one model's lanes that any worker serves."""
+    jobs = [ConsumerSettings(stream=subjects.JOBS, name=subjects.jobs_consumer(model, klass, lane),
+                             filter_subject=subjects.jobs(model, klass, lane)) for klass in CLASSES for lane in subjects.job_lanes()]
     return [*jobs, ConsumerSettings(stream=subjects.HANDOFF, name=subjects.handoff_consumer(model), filter_subject=subjects.handoff(model))]
 
 

@@ -1,9 +1,10 @@
 """Names and settings of every stream, subject and consumer (DESIGN: streams). One place, used by servers, docs and tests alike."""
 
-from coordinator.messages import CLASSES
+import zlib
 
 JOBS, HANDOFF, OUT, RESULTS, DLQ, ROSTER = "JOBS", "HANDOFF", "OUT", "RESULTS", "DLQ", "ROSTER"
 ANY_LANE = "any"
+NUM_TENANT_LANES = 8             # jobs of a tenant queue in one of these, and workers take from them in turn
 ACK_WAIT_S = 5.0              # as long as a lease: a message that died with its receiver, before it was claimed, is back as soon as one that was
 MAX_ACK_PENDING = 1_000_000      # nats-server's default of 1,000 stalls silently
 MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
@@ -17,6 +18,16 @@ DEFAULT_MAX_QUEUED = 10_000      # jobs per class, waiting or running, before th
 def model_token(model: str) -> str:
     """A model's name as one subject token: what is not a letter, digit, '-' or '_' becomes '_'."""
     return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in model) or "_"
+
+
+def tenant_lane(tenant: str) -> str:
+    """Where a tenant's jobs queue: beside, not behind, those of others. Jobs without a tenant go to `any`."""
+    return f"t{zlib.crc32(tenant.encode()) % NUM_TENANT_LANES}" if tenant else ANY_LANE
+
+
+def job_lanes() -> list[str]:
+    """All lanes that any worker serves."""
+    return [ANY_LANE, *(f"t{i}" for i in range(NUM_TENANT_LANES))]
 
 
 def jobs(model: str, klass: str, lane: str = ANY_LANE) -> str:
@@ -76,7 +87,3 @@ def cancel(job_id: str) -> str:
 
 def kv(worker: str, incarnation: int) -> str:
     return f"kv.{worker}.{incarnation}"
-
-
-def job_subjects(model: str) -> list[str]:
-    return [jobs(model, klass) for klass in CLASSES]

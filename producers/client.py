@@ -10,7 +10,7 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -37,6 +37,7 @@ from producers.job_stream import JobStream
 log = logging.getLogger(__name__)
 
 SUBMIT_TIMEOUT_S = 5.0
+MAX_BUSY_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +178,7 @@ class TokenmillClient:
         self.store = store
         self.model = subjects.model_token(model)
         self.origin = check_id("origin", origin)
+        self._yielded_s = 0.0
         self._open: dict[str, JobHandle] = {}
         self.catch_up = CatchUp(bus, self.origin, self._open, self._deliver)
 
@@ -288,7 +290,7 @@ class TokenmillClient:
     def forget(self, job_id: str) -> None:
         self._open.pop(job_id, None)
 
-    def _on_frame(self, message: Message) -> None:
+    def _on_frame(self, message: Message) -> Awaitable[None] | None:
         seq = int(message.headers.get("Nats-Sequence", 0))
         self.catch_up.last_seq = max(seq, self.catch_up.last_seq)
         try:
@@ -297,6 +299,12 @@ class TokenmillClient:
                     self._deliver(wire[0], TokenRun.from_wire(wire), seq)
         except (MalformedMessage, TypeError, LookupError) as error:
             log.error("a frame on %s cannot be read: %s", message.subject, error)
+        # A backlog of frames is handled without a pause: let the readers of what came so far run in between.
+        now = time.monotonic()
+        if now - self._yielded_s < MAX_BUSY_S:
+            return None
+        self._yielded_s = now
+        return asyncio.sleep(0)
 
     def _deliver(self, job_id: str, run: TokenRun, seq: int) -> None:
         handle = self._open.get(job_id)

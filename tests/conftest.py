@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis  # noqa: F401  early and here: its pytest plugin would import it in mid-run, from deep inside a hook
 import pytest
 import redis
 

@@ -79,21 +79,23 @@ class Engine:
     """A loaded model and its sequences. `run` returns after Shutdown."""
 
     def __init__(self, runner: ModelRunner, scheduler: Scheduler, limits: Limits, layout: KVLayout, inbox: Inbox,
-                 send: Callable[[Event], None]) -> None:
+                 send: Callable[[Event], None], *, is_checked: bool = False) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._limits = limits
         self._layout = layout
         self._inbox = inbox
         self._send = send
-        self._sampler = Sampler(sorted(scheduler.settings.eos_ids))
+        self._sampler = Sampler(sorted(eos for eos in scheduler.settings.eos_ids if eos < limits.vocab_size))
         self._copier = PageCopier(runner.kv_cache, lambda copy, error: inbox.put(CopyDone(copy, error)))
         self._last_stats: Stats | None = None
         self._stats_sent_at = 0.0
         self._are_stats_due = True  # a sequence ended: tell without waiting for the interval
+        self._is_checked = is_checked
         self._is_shut_down = False
 
     def run(self) -> None:
+        self._send_stats(is_idle=True)
         is_idle = True
         while not self._is_shut_down:
             self._take_commands(wait=is_idle)
@@ -103,7 +105,9 @@ class Engine:
             for event in (*step.imported, *self._run_step(step)):
                 self._send(event)
             is_idle = not step.chunks
-            self._send_stats(is_idle)
+            self._send_stats(is_idle=is_idle)
+            if is_idle and self._is_checked:
+                self._scheduler.check_integrity()
 
     # ---- commands ----
 
@@ -158,7 +162,7 @@ class Engine:
         self._are_stats_due |= any(isinstance(event, Failed | Pinned) or any(row.finish for row in event.rows) for event in events)
         return list(events)
 
-    def _send_stats(self, is_idle: bool) -> None:
+    def _send_stats(self, *, is_idle: bool) -> None:
         """Always if a sequence ended; else what changed, once per interval, or at once if nothing will run before the next command."""
         now = time.monotonic()
         if not (self._are_stats_due or is_idle or now - self._stats_sent_at >= STATS_INTERVAL_S):
@@ -176,7 +180,7 @@ class Engine:
         self._sampler.sample(torch.randn(len(sequences), self._limits.vocab_size, device=self._runner.device), sequences)
 
 
-def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None]) -> Engine:
+def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None], *, is_checked: bool = False) -> Engine:
     """Choose sizes, read the weights, warm up, say Ready. Raises ConfigError."""
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
@@ -190,7 +194,7 @@ def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None]) 
         max_batch_tokens=sizes.chunk_size + sizes.max_num_seqs, eos_ids=frozenset(config.eos_ids), prefix_cache=settings.use_prefix_cache))
     layout = runner.kv_cache.layout(settings.model_name)
     limits = Limits(vocab_size=config.vocab_size, max_seq_len=sizes.max_seq_len, prefill_only=settings.role == "prefill")
-    engine = Engine(runner, scheduler, limits, layout, inbox, send)
+    engine = Engine(runner, scheduler, limits, layout, inbox, send, is_checked=is_checked)
     engine.warm_up()
     gc.collect()
     gc.freeze()  # the model's objects live for good: later collections need not look at them
@@ -241,13 +245,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="workers.engine", description="The engine process; a worker's I/O process starts it.")
     parser.add_argument("--fd", type=int, required=True, help="inherited end of a unix stream socketpair")
     parser.add_argument("--settings", required=True, help="EngineSettings as a JSON object")
+    parser.add_argument("--check", action="store_true", help="prove that all pages are accounted for whenever idle (for tests)")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the I/O process says when to stop
     channel, inbox = BlockingChannel(socket.socket(fileno=arguments.fd)), Inbox()
     threading.Thread(target=_read_commands, args=(channel, inbox), name="command reader", daemon=True).start()
     try:
-        load(parse_settings(arguments.settings), inbox, lambda event: channel.send(encode(event))).run()
+        engine = load(parse_settings(arguments.settings), inbox, lambda event: channel.send(encode(event)), is_checked=arguments.check)
+        engine.run()
     except ConfigError as error:
         log.error("%s", error)
         return 2

@@ -164,14 +164,16 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """Pages by owner (free + cached + held + pinned == total; a page counts once, in the first of pinned, held, cached) and
-    sequences by state. `free_tokens` is what may still be admitted: free and evictable pages less what running ones may grow by."""
+    """Pages (free + cached + held == total; cached ones may be evicted, held ones not) and sequences by state.
+
+    `free_tokens` is what may still be admitted: free and cached pages less what admitted and waiting sequences may yet take.
+    """
 
     free_pages: Count
     total_pages: Count
     cached_pages: Count
     held_pages: Count
-    pinned: Count        # sequences
+    pinned: Count        # sequences, as the three below; importing ones wait for their copy or for Activate
     running: Count
     waiting: Count
     importing: Count

@@ -1,8 +1,9 @@
-"""When to pull, how much, and from which class. Pulling is the reservation: a worker asks only for what it has room for."""
+"""When to pull, how much, and from where. Pulling is the reservation: a worker asks only for what it has room for."""
 
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Coroutine
 
 from coordinator import subjects
@@ -15,26 +16,31 @@ log = logging.getLogger(__name__)
 PROBE_S = 2.0           # a pull that takes only what is there now
 LOOK_AGAIN_S = 1.0      # without a sign of change, look at the room again after this
 RETRY_S = 0.5
+ACTIVE_S = 30.0         # a lane that brought something this recently is probed; the others have a pull standing open
+AGEING_S = 2.0          # however busy the classes above: one job of a class is taken once this time, per class above it
 
 
 class Pulling:
-    """Keeps `handle` supplied with deliveries, best class first.
+    """Keeps `handle` supplied with deliveries, best class first, the lanes of a class in turn.
 
-    consumers   names, best class first
+    classes     consumers by class, best first; within a class one per lane
     room        how many more deliveries may be taken up now; 0 stops pulling
     handle      takes up one delivery; runs as a task of its own
 
-    With room, one message per class may come by itself (a pull stands open). When one came, the classes are emptied in their
-    order as far as the room goes: a lower class is served only when nothing waits above it.
+    With room, one message per lane may come by itself (a pull stands open). When one came, the classes are emptied in their order as far
+    as the room goes, one message per lane and round: a lower class is served when nothing waits above it, or when it has waited long.
     """
 
-    def __init__(self, bus: Bus, consumers: list[str], room: Callable[[], int], handle: Callable[[Delivery], Coroutine[None, None, None]]) -> None:
+    def __init__(self, bus: Bus, classes: list[list[str]], room: Callable[[], int],
+                 handle: Callable[[Delivery], Coroutine[None, None, None]]) -> None:
         self._bus = bus
-        self._consumers = consumers
+        self._classes = [list(lanes) for lanes in classes]
         self._room = room
         self._handle = handle
         self._changed = asyncio.Event()
         self._should_probe = True
+        self._active_until: dict[str, float] = {}
+        self._looked_at = [time.monotonic()] * len(classes)
         self._taken_up: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
         self._puller: Puller
@@ -62,25 +68,55 @@ class Pulling:
         room = self._room() - len(self._taken_up)
         if room <= 0:
             self._should_probe = True
-            for consumer in self._consumers:
-                self._puller.want(consumer, 0)
+            self._want(0)
             return
         if not self._should_probe:
             return
         self._should_probe = False
-        for consumer in self._consumers:
-            probe = await self._puller.pull(consumer, room, PROBE_S, no_wait=True)
-            await probe.ended
-            room = probe.num_left
+        room -= await self._take_aged(room)
+        for index, lanes in enumerate(self._classes):
             if room <= 0:
-                self._should_probe = True
-                return
-        for consumer in self._consumers:
-            self._puller.want(consumer, 1)
+                break
+            now = self._looked_at[index] = time.monotonic()
+            room -= await self._take_in_turn([lane for lane in lanes if self._active_until.get(lane, 0.0) > now], lanes, room)
+        if room <= 0:
+            self._should_probe = True
+        else:
+            self._want(1)
+
+    async def _take_aged(self, room: int) -> int:
+        """One job of a class that the classes above it have kept waiting too long."""
+        now = time.monotonic()
+        for index, lanes in enumerate(self._classes):
+            if room > 0 and index > 0 and now - self._looked_at[index] > index * AGEING_S:
+                self._looked_at[index] = now
+                return await self._take_in_turn(list(lanes), lanes, 1)
+        return 0
+
+    async def _take_in_turn(self, lanes: list[str], order: list[str], room: int) -> int:
+        """Up to `room` messages, one per lane and round. `order` is turned, so that the next call begins with another lane."""
+        taken = 0
+        while lanes and taken < room:
+            batch = room - taken if len(lanes) == 1 else 1
+            asked = lanes[: room - taken]
+            probes = [await self._puller.pull(lane, batch, PROBE_S, no_wait=True) for lane in asked]
+            for probe in probes:
+                await probe.ended
+            taken += sum(batch - probe.num_left for probe in probes)
+            brought = [lane for lane, probe in zip(asked, probes, strict=True) if probe.num_left == 0]
+            lanes = [*lanes[len(asked):], *brought]
+        order.append(order.pop(0))
+        return taken
+
+    def _want(self, num_messages: int) -> None:
+        for lanes in self._classes:
+            for lane in lanes:
+                self._puller.want(lane, num_messages)
 
     async def _take_up_forever(self) -> None:
         while True:
             delivery = await self._puller.next()
+            self._active_until[delivery.consumer] = time.monotonic() + ACTIVE_S
             task = asyncio.create_task(self._handle(delivery))
             self._taken_up.add(task)
             task.add_done_callback(self._done)
@@ -106,9 +142,9 @@ class Pulling:
             await asyncio.gather(*self._taken_up, return_exceptions=True)
 
 
-def job_consumers(model: str) -> list[str]:
-    return [subjects.jobs_consumer(model, klass) for klass in CLASSES]
+def job_consumers(model: str) -> list[list[str]]:
+    return [[subjects.jobs_consumer(model, klass, lane) for lane in subjects.job_lanes()] for klass in CLASSES]
 
 
-def handoff_consumers(model: str) -> list[str]:
-    return [subjects.handoff_consumer(model)]
+def handoff_consumers(model: str) -> list[list[str]]:
+    return [[subjects.handoff_consumer(model)]]

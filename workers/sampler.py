@@ -17,7 +17,7 @@ from workers.penalties import TokenCounts, adjust, needs_adjusting
 from workers.philox import uniforms
 from workers.sequence import Sequence
 from workers.token_filters import is_filtered, keep
-from workers.vocabulary_blocks import argmax, inverse_cdf
+from workers.vocabulary_blocks import argmax, first_above, inverse_cdf
 
 
 class Sampler:
@@ -83,7 +83,8 @@ def _draw(logits: Tensor, probs: Tensor, rows: Tensor, sequences: list[Sequence]
 
 def _draw_filtered(probs: Tensor, params: list[SamplingParams], draws: Tensor) -> Tensor:
     weights, token_ids = keep(probs, params)
-    return token_ids.gather(1, inverse_cdf(weights, draws))
+    cdf = weights.double().cumsum(-1)  # in order, so that zeros in between change nothing: more candidates, same draw
+    return token_ids.gather(1, first_above(cdf, draws * cdf[:, -1:]))
 
 
 def _seed(sequence: Sequence) -> int:

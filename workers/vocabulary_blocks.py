@@ -34,14 +34,14 @@ def sums(values: Tensor) -> Tensor:
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
-def gather(values: Tensor, blocks: Tensor, padding: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Whole blocks of each row, side by side.
+def gather(values: Tensor, block: Tensor, padding: float = 0.0) -> tuple[Tensor, Tensor]:
+    """One block of each row.
 
     values   [n, num_columns]
-    blocks   [n, m] int64, which ones
-    returns  values [n, m * BLOCK], `padding` beyond the last column, and their columns [n, m * BLOCK] int64
+    block    [n, 1] int64, which one
+    returns  values [n, BLOCK], `padding` beyond the last column, and their columns [n, BLOCK] int64
     """
-    columns = (blocks.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=values.device)).flatten(1)
+    columns = block * BLOCK + torch.arange(BLOCK, device=values.device)
     if values.shape[1] % BLOCK == 0:
         return values.gather(1, columns), columns
     is_real = columns < values.shape[1]
@@ -65,12 +65,12 @@ def inverse_cdf(weights: Tensor, draws: Tensor) -> Tensor:
     """
     block_cdf = sums(weights).double().cumsum(-1)
     target = draws * block_cdf[:, -1:]
-    block = _first_above(block_cdf, target)
+    block = first_above(block_cdf, target)
     before = block_cdf.gather(1, (block - 1).clamp(min=0)).where(block > 0, 0.0)
     inside, columns = gather(weights, block)
-    return columns.gather(1, _first_above(inside.double().cumsum(-1), target - before))
+    return columns.gather(1, first_above(inside.double().cumsum(-1), target - before))
 
 
-def _first_above(cdf: Tensor, target: Tensor) -> Tensor:
-    """The first position whose cdf exceeds the target; where rounding left none, the first that reaches the full sum."""
+def first_above(cdf: Tensor, target: Tensor) -> Tensor:
+    """[n, 1]: the first position whose cdf exceeds the target; where rounding left none, the first that reaches the full sum."""
     return torch.minimum((cdf <= target).sum(-1, keepdim=True), (cdf < cdf[:, -1:]).sum(-1, keepdim=True))

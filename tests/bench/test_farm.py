@@ -51,6 +51,15 @@ def test_the_peer_generates_exactly_as_many_tokens_as_asked_for(tiny_model: Path
     torch.set_num_threads(threads)
 
 
+@pytest.mark.system
+def test_the_queue_paths_figure_is_taken_from_a_real_farm_and_a_real_engine(tiny_model: Path, tmp_path: Path) -> None:
+    status = farm.main(["--sections", "queue", "--model_dir", str(tiny_model), "--queue_requests", "10", "--out", str(tmp_path / "r")])
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert status == (0 if all(row["met"] for row in rows) else 1)
+    assert [row["unit"] for row in rows] == ["ms", "ms"]
+    assert {name: len(samples) for name, samples in rows[0]["samples"].items()} == {"farm_ms": 10, "engine_ms": 10, "http_ms": 10}
+
+
 @pytest.mark.services
 def test_a_farm_that_cannot_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(FarmFailed, match="nowhere"), running_farm(tmp_path / "nowhere", tmp_path / "state", num_threads=1, ready_s=60):

@@ -42,7 +42,7 @@ async def test_provisioning_makes_the_farm_once_and_says_so_once(nats_url: str) 
         assert not await bus.provision("m2")
         assert set((await bus.api("STREAM.NAMES"))["streams"]) == {"JOBS", "HANDOFF", "OUT", "RESULTS", "DLQ", "ROSTER"}
         assert set((await bus.api("CONSUMER.NAMES.JOBS"))["consumers"]) == {
-            f"jobs-{model}-{klass}-any" for model in ("m1", "m2") for klass in CLASSES}
+            subjects.jobs_consumer(model, klass, lane) for model in ("m1", "m2") for klass in CLASSES for lane in subjects.job_lanes()}
         assert set((await bus.api("CONSUMER.NAMES.HANDOFF"))["consumers"]) == {"handoff-m1-any", "handoff-m2-any"}
 
 

@@ -1,7 +1,7 @@
 """The producer's client against a real nats-server and a worker that answers by formula."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 
 import pytest
 
@@ -116,11 +116,10 @@ def lose_frames(monkeypatch: pytest.MonkeyPatch, lost: set[int]) -> None:
     """Throw away the live frames with these numbers, as a connection that broke for a moment does."""
     take, num_seen = TokenmillClient._on_frame, 0
 
-    def drop_some(client: TokenmillClient, message: Message) -> None:
+    def drop_some(client: TokenmillClient, message: Message) -> Awaitable[None] | None:
         nonlocal num_seen
         num_seen += 1
-        if num_seen - 1 not in lost:
-            take(client, message)
+        return take(client, message) if num_seen - 1 not in lost else None
 
     monkeypatch.setattr(TokenmillClient, "_on_frame", drop_some)
 

@@ -40,6 +40,7 @@ SWITCHES = {
     "no_grace": "after a loss of Redis, jobs are claimed before the living could assert theirs",
     "late_assert": "a worker may assert its jobs after grace",
     "no_roster": "a job without a record is taken for a new one",
+    "sweep_lapsed": "a sweep also fences those whose lease has lapsed, though they may renew",
     "stale_roster": "a roster read in an earlier era is used",
     "claim_before_announce": "a worker claims before its roster message is stored",
     "announce_first": "a worker is on the roster before it has a lease",
@@ -264,7 +265,8 @@ def emit(m: Setting, s: State, w: int, j: int, what: object, after: Local) -> St
     chain = s.chains[w][m.origin(j)]
     if chain.is_sealed:
         return with_lease(end(s, w), w, "none")
-    chain = chain._replace(frames=(*chain.frames, (j, what)))
+    # Sorted: no rule looks at the order of frames within one chain, and fewer states differ.
+    chain = chain._replace(frames=tuple(sorted((*chain.frames, (j, what)), key=str)))
     return with_local(s._replace(chains=put(s.chains, w, put(s.chains[w], m.origin(j), chain))), w, j, after)
 
 
@@ -478,7 +480,7 @@ def grant(m: Setting, s: State, w: int, j: int, record: Record | None, roster: f
             s = with_lease(s, record.owner, "none")._replace(guilty=s.guilty | {record.owner})
     if record and "fence_givers" in m.broken:
         unfenced |= record.chains
-    unfenced |= {o for o in roster if s.redis.leases[o] == "none"}
+    unfenced |= {o for o in roster if s.redis.leases[o] == "none" or ("sweep_lapsed" in m.broken and not lives(s, o))}
     epoch = next_epoch(m, s, j)
     s = with_job(s, j, top=max(epoch, s.jobs[j].top))
     return with_record(s, j, Record("owned", epoch, w, True, chains, unfenced - {w}))

@@ -55,6 +55,8 @@ class Answer:
 class EngineProcess:
     """A started engine and our end of its channel. Events are read in order, whatever is asked for."""
 
+    ready: Ready
+
     def __init__(self, model_dir: Path, role: str, **settings: Any) -> None:
         ours, theirs = socket.socketpair()
         values = {"model_dir": str(model_dir), "model_name": "tiny", "role": role, "page_size": PAGE_SIZE, "num_threads": 1,
@@ -96,6 +98,8 @@ class EngineProcess:
         assert stats.free_tokens == NUM_PAGES * PAGE_SIZE
 
     def _take(self, event: Event) -> None:
+        if isinstance(event, Ready):
+            self.ready = event
         if isinstance(event, Tokens):
             for prefilled in event.prefilled:
                 self.answers.setdefault(prefilled.job_id, Answer()).cached_tokens = prefilled.cached_tokens
@@ -121,7 +125,7 @@ class EngineProcess:
 
 
 def start(end: socket.socket, settings: dict[str, Any], **options: Any) -> subprocess.Popen[Any]:
-    argv = [sys.executable, "-m", "workers.engine", "--fd", str(end.fileno()), "--settings", json.dumps(settings)]
+    argv = [sys.executable, "-m", "workers.engine", "--fd", str(end.fileno()), "--settings", json.dumps(settings), "--check"]
     return subprocess.Popen(argv, pass_fds=[end.fileno()], **options)
 
 
@@ -145,7 +149,7 @@ def engines(model_dir: Path) -> Iterator[dict[str, EngineProcess]]:
     started = {role: EngineProcess(model_dir, role) for role in ("both", "prefill", "decode")}
     try:
         for engine in started.values():
-            engine.ready = engine.wait_for(Ready)  # type: ignore[attr-defined]
+            engine.wait_for(Ready)
         yield started
         assert [engine.stop() for engine in started.values()] == [0, 0, 0]
     finally:
@@ -221,7 +225,7 @@ def test_a_resumed_sequence_goes_on_as_if_never_interrupted(both: EngineProcess)
 
 
 def test_eos_ends_a_sequence_and_is_its_last_row(both: EngineProcess) -> None:
-    (eos,) = both.ready.eos_ids  # type: ignore[attr-defined]
+    (eos,) = both.ready.eos_ids
     answer, = both.generate([5, 6, 7], ignore_eos=False, allowed_token_ids=(eos,))
     assert (answer.token_ids, answer.finish) == ([eos], "stop")
     ignored, = both.generate([5, 6, 7], allowed_token_ids=(eos,), max_new_tokens=3)
@@ -246,7 +250,7 @@ def hand_over(engines: dict[str, EngineProcess], job: AddSequence, prompt: list[
     if answer.finish:
         return answer
     pinned: Pinned = prefill.wait_for(Pinned, job.job_id)
-    ready: Ready = prefill.ready  # type: ignore[attr-defined]
+    ready = prefill.ready
     decode.send(ImportSequence(job_id=job.job_id, token_ids=pack_ids(prompt + answer.token_ids), num_prompt=len(prompt), params=job.params,
                                num_kv_tokens=pinned.num_tokens, source=ready.pool, page_ids=pinned.page_ids, layout=ready.layout))
     assert decode.wait_for(Imported, job.job_id).ok
@@ -285,7 +289,7 @@ def test_a_second_hand_over_of_a_prefix_is_answered_from_the_own_cache(engines: 
 
 
 def test_an_import_from_a_pool_that_is_gone_fails_by_itself(engines: dict[str, EngineProcess]) -> None:
-    decode, ready = engines["decode"], engines["prefill"].ready  # type: ignore[attr-defined]
+    decode, ready = engines["decode"], engines["prefill"].ready
     job = add(prompt_of(9, seed=6))
     values = {"job_id": job.job_id, "token_ids": job.token_ids, "num_prompt": 8, "params": job.params, "num_kv_tokens": 8, "page_ids": (0,),
               "source": ready.pool, "layout": ready.layout}
@@ -320,7 +324,7 @@ def test_cancel_frees_pins_and_imports(engines: dict[str, EngineProcess]) -> Non
     job = add(prompt)
     prefill.send(job)
     pinned: Pinned = prefill.wait_for(Pinned, job.job_id)
-    ready: Ready = prefill.ready  # type: ignore[attr-defined]
+    ready = prefill.ready
     token_ids = pack_ids(prompt + prefill.answers[job.job_id].token_ids)
     order = ImportSequence(job_id=job.job_id, token_ids=token_ids, num_prompt=100, params=job.params, num_kv_tokens=100, source=ready.pool,
                            page_ids=pinned.page_ids, layout=ready.layout)

@@ -158,6 +158,17 @@ def test_top_k_and_top_p_are_exact_on_a_distribution_known_by_hand() -> None:
     assert kept(top_p=0.0001) == [1]
 
 
+def test_flat_and_peaked_rows_are_filtered_side_by_side() -> None:
+    flat = torch.full((5000,), 1.0)
+    flat[::2] += 0.5
+    peaked = torch.zeros(5000)
+    peaked[::60] = 20.0  # more tokens than the flat row has candidates at first
+    probs = torch.stack([flat, peaked]).softmax(-1)
+    weights, token_ids = keep(probs, [SamplingParams(do_sample=True, top_k=3, top_p=0.5), SamplingParams(do_sample=True, top_p=0.999)])
+    assert (weights[0] > 0).sum() == 2500 and bool((token_ids[0][weights[0] > 0] % 2 == 0).all()), "ties stay together"
+    assert token_ids[1][weights[1] > 0].tolist() == list(range(0, 5000, 60))
+
+
 def test_draws_follow_the_distribution() -> None:
     probs = torch.tensor([0.5, 0.0, 0.2, 0.05, 0.15, 0.1])
     num_draws = 4000

@@ -1,0 +1,112 @@
+"""One scenario: load, a fault in the middle of it, what healed, and the verdict."""
+
+import asyncio
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from producers.client import TokenmillClient
+from tests.chaos.answer import Answer
+from tests.chaos.chaos_farm import SHIMS, ChaosFarm
+from tests.chaos.clients import PATIENCE_S, Clients
+from tests.chaos.load import Load
+from tests.chaos.oracle import Verdict, judge, last_out_seq
+from tests.chaos.report import Row, percentile
+from tests.chaos.workload import Spec
+
+NUM_CLIENTS = 16
+ANSWERS_TIMEOUT_S = 120.0
+REST_TIMEOUT_S = 30.0
+
+
+@dataclass(slots=True)
+class Strike:
+    """When something was broken, and how long the fault held on (0 for a kill: the restart goes on beside the load)."""
+
+    at: float
+    held_s: float = 0.0
+
+
+Fault = Callable[[ChaosFarm], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """`fault` breaks something and heals it again, once per share in `at` (of the jobs that are answered by then)."""
+
+    name: str
+    fault: Fault
+    num_jobs: int = 60
+    at: tuple[float, ...] = (0.25,)
+    patience_s: float = PATIENCE_S
+    num_clients: int = NUM_CLIENTS
+
+
+class Range:
+    """A farm on which scenarios run one after another, and the answers that it gave before anything was broken."""
+
+    def __init__(self, farm: ChaosFarm, direct: TokenmillClient, specs: Sequence[Spec]) -> None:
+        self.farm = farm
+        self.specs = list(specs)
+        self.expected: dict[int, tuple[int, ...]] = {}
+        self.rows: list[Row] = []
+        self._direct = direct
+        self._usual_silence_s = 0.0
+
+    async def undisturbed(self) -> Verdict:
+        """The clean pass: what every spec must be answered with from now on."""
+        answers, verdict = await self._under_load(self.specs, NUM_CLIENTS, PATIENCE_S, [])
+        self.expected = {answer.spec.index: tuple(answer.token_ids) for answer in answers}
+        self._usual_silence_s = statistics.median(answer.longest_silence_s for answer in answers)
+        self._report("undisturbed", answers, verdict, [])
+        return verdict
+
+    async def run(self, scenario: Scenario) -> Verdict:
+        """Load, strikes, answers, rest, verdict. Raises TimeoutError or AssertionError when answers or rest do not come."""
+        strikes: list[Strike] = []
+
+        async def strike(load: Load) -> None:
+            for share in scenario.at:
+                await load.until_answered(share)
+                now = Strike(time.monotonic())
+                strikes.append(now)
+                await scenario.fault(self.farm)
+                now.held_s = time.monotonic() - now.at
+
+        specs = self.specs[:scenario.num_jobs]
+        answers, verdict = await self._under_load(specs, scenario.num_clients, scenario.patience_s, [strike])
+        self._report(scenario.name, answers, verdict, strikes)
+        return verdict
+
+    async def _under_load(self, specs: Sequence[Spec], num_clients: int, patience_s: float,
+                          killers: Sequence[Callable[[Load], Awaitable[None]]]) -> tuple[list[Answer], Verdict]:
+        farm = self.farm
+        async with farm.bus() as bus:
+            after_seq = await last_out_seq(bus)
+        async with Clients([farm.url(name) for name in SHIMS], self._direct, patience_s) as clients:
+            load = Load(clients, specs, num_clients)
+            load.start()
+            try:
+                for killer in killers:
+                    await killer(load)
+                answers = await load.finish(ANSWERS_TIMEOUT_S)
+            except TimeoutError:
+                raise AssertionError(f"{len(specs) - len(load.answers)} of {len(specs)} jobs without an end\n{farm.logs()}") from None
+            finally:
+                await load.cancel()
+        await farm.restarted()
+        await farm.wait_at_rest(REST_TIMEOUT_S)
+        async with farm.bus() as bus:
+            return answers, await judge(bus, answers, self.expected, after_seq)
+
+    def _report(self, name: str, answers: Sequence[Answer], verdict: Verdict, strikes: Sequence[Strike]) -> None:
+        """Recovery: the longest silence after the strike of each job that was in flight at one, less what is usual."""
+        hit = [(answer, s) for s in strikes for answer in answers if answer.began_at < s.at < answer.ended_at]
+        recovery = [max(0.0, answer.silence_over(s.at) - self._usual_silence_s) for answer, s in hit]
+        self.rows.append(Row(
+            scenario=name, jobs=len(answers), strikes=len(strikes), hit=len(hit), retries=sum(answer.num_retries for answer in answers),
+            held_s=max((s.held_s for s in strikes), default=0.0), recovery_p50_s=percentile(recovery, 50),
+            recovery_p99_s=percentile(recovery, 99),
+            lost=verdict.num_lost, duplicated=verdict.num_duplicated_tokens, gaps=verdict.num_gaps, different=verdict.num_different,
+            extra_records=verdict.num_extra_records))
