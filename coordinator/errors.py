@@ -35,7 +35,7 @@ class QueueFull(TokenmillError):
     """The queue of the job's class is full: nothing was accepted."""
 
     def __init__(self, subject: str, retry_after_s: float = 1.0) -> None:
-        super().__init__(f"queue {subject} is full; retry after {retry_after_s:g} s")
+        super().__init__(f"the queue {subject} is full; retry after {retry_after_s:g} s")
         self.subject = subject
         self.retry_after_s = retry_after_s
 

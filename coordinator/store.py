@@ -8,6 +8,8 @@ share one hash tag, so that they live in one slot of a cluster. Time is the serv
     {tokenmill}:workers         hash   "worker.incarnation" -> msgpack of what the worker says of itself
     {tokenmill}:job:<id>        hash   state, epoch, owner, era, is_swept, chains, unfenced, ack, origin, model, cancelled, taken
     {tokenmill}:owned:<owner>   set    job ids, so that a dead owner's jobs are found
+    {tokenmill}:open            hash   job id -> "class tokens admitted_ms tenant" of what was admitted and is not over
+    {tokenmill}:load, :tenants  hash   sums over `open`: tokens by class, jobs and tokens by tenant
 """
 
 import asyncio
@@ -22,7 +24,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from coordinator.errors import Unavailable
+from coordinator.errors import QueueFull, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -110,8 +112,10 @@ _CLAIM = """
 local me, id, job = ARGV[2], ARGV[3], KEYS[3]
 if not lives(me) then return {'lapsed'} end
 local need_floor = floor and '' or era
-local f = redis.call('HMGET', job, 'state', 'epoch', 'owner', 'era', 'is_swept', 'chains', 'unfenced', 'cancelled', 'taken')
+local f = redis.call('HMGET', job, 'state', 'epoch', 'owner', 'era', 'is_swept', 'chains', 'unfenced', 'cancelled', 'taken',
+  'crashes', 'on_trial', 'trial_deaths', 'trial_crashes')
 local owner, chains, unfenced, taken, is_swept = '', '', '', 0, false
+local trial_deaths = tonumber(f[12] or '0')
 if f[4] == era then
   if f[1] == 'done' then return {'done'} end
   owner, chains, unfenced, taken, is_swept = f[3] or '', f[6] or '', f[7] or '', tonumber(f[9] or '0'), f[5] == '1'
@@ -133,14 +137,17 @@ if must_condemn then
   redis.call('SREM', '{tokenmill}:owned:' .. owner, id)
   unfenced = with(unfenced, owner)
   taken = taken + 1
+  if f[11] == '1' then trial_deaths = trial_deaths + 1 end
 end
 unfenced = without(unfenced, me)
 local epoch = math.max(tonumber(f[2] or '0') + 1, now)
 redis.call('HSET', job, 'state', 'owned', 'epoch', int(epoch), 'owner', me, 'era', era, 'is_swept', '1', 'chains', with(chains, me),
-  'unfenced', unfenced, 'ack', ARGV[4], 'origin', ARGV[5], 'model', ARGV[6], 'taken', taken)
+  'unfenced', unfenced, 'ack', ARGV[4], 'origin', ARGV[5], 'model', ARGV[6], 'taken', taken, 'trial_deaths', trial_deaths,
+  'on_trial', '0')
 redis.call('EXPIRE', job, ARGV[8])
 redis.call('SADD', KEYS[4], id)
-return {'granted', int(epoch), without(chains, me), unfenced, f[8] or '', tostring(taken), need_floor}
+return {'granted', int(epoch), without(chains, me), unfenced, f[8] or '', need_floor,
+  tostring(taken), f[10] or '0', tostring(trial_deaths), f[13] or '0'}
 """
 
 # KEYS: .. job. ARGV: lease_ms fenced_owner. A tombstone is a fact for ever: no question who says so.
@@ -171,8 +178,57 @@ redis.call('HSET', KEYS[3], 'epoch', epoch)
 return epoch
 """
 
+# KEYS: .. open load tenants. ARGV: lease_ms job class tokens tenant max_class_tokens max_tenant_jobs max_tenant_tokens (0: no bound)
+# Open work is what was admitted and has no final record. Above half of a class' bound, no tenant may hold more than its share.
+_ADMIT = """
+local id, klass, tokens, tenant = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
+local most, most_jobs, most_tokens = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+if redis.call('HEXISTS', KEYS[3], id) == 1 then return {'ok'} end
+local queued = tonumber(redis.call('HGET', KEYS[4], klass) or '0') + tokens
+local jobs = tonumber(redis.call('HGET', KEYS[4], 'jobs ' .. tenant) or '0') + 1
+local held = tonumber(redis.call('HGET', KEYS[5], tenant) or '0') + tokens
+if most_jobs > 0 and jobs > most_jobs then return {'tenant_jobs', tostring(most_jobs)} end
+if most_tokens > 0 and held > most_tokens then return {'tenant_tokens', tostring(most_tokens)} end
+if most > 0 and queued > most and queued > tokens then return {'class_tokens', tostring(most)} end
+local num_tenants = redis.call('HLEN', KEYS[5]) + (held == tokens and 1 or 0)
+if most > 0 and queued * 2 > most and num_tenants > 1 and held > most / num_tenants then return {'tenant_share', int(most / num_tenants)} end
+redis.call('HSET', KEYS[3], id, klass .. ' ' .. int(tokens) .. ' ' .. int(now) .. ' ' .. tenant)
+redis.call('HINCRBY', KEYS[4], klass, tokens)
+redis.call('HINCRBY', KEYS[4], 'jobs ' .. tenant, 1)
+redis.call('HINCRBY', KEYS[5], tenant, tokens)
+return {'ok'}
+"""
+
+# KEYS: .. open. ARGV: lease_ms max_age_ms. Ids of what was admitted so long ago that it is over: its producer died before it published.
+_STALE = """
+local stale = {}
+local entries = redis.call('HGETALL', KEYS[3])
+for i = 1, #entries, 2 do
+  local at = tonumber(string.match(entries[i + 1], '^%S+ %d+ (%d+)'))
+  if now - at > tonumber(ARGV[2]) then stale[#stale + 1] = entries[i] end
+end
+return stale
+"""
+
+# Takes `id` out of the open work.
+_COUNT_OUT = """
+local entry = redis.call('HGET', '{tokenmill}:open', id)
+if entry then
+  local load, tenants = '{tokenmill}:load', '{tokenmill}:tenants'
+  local klass, tokens, tenant = string.match(entry, '^(%S+) (%d+) %d+ (.*)$')
+  redis.call('HDEL', '{tokenmill}:open', id)
+  redis.call('HINCRBY', load, klass, -tokens)
+  redis.call('HINCRBY', load, 'jobs ' .. tenant, -1)
+  if redis.call('HINCRBY', tenants, tenant, -tokens) <= 0 then redis.call('HDEL', tenants, tenant) end
+  if tonumber(redis.call('HGET', load, 'jobs ' .. tenant)) <= 0 then redis.call('HDEL', load, 'jobs ' .. tenant) end
+end
+"""
+
+# ARGV: lease_ms job
+_DISCHARGE = "local id = ARGV[2]" + _COUNT_OUT + "return 1"
+
 # KEYS: .. job owned. ARGV: lease_ms owner job done_ttl. For anyone who has seen the final record, whatever the record says.
-_FINISH = """
+_FINISH = "local id = ARGV[3]" + _COUNT_OUT + """
 local owner = redis.call('HGET', KEYS[3], 'owner')
 if owner and owner ~= '' then redis.call('SREM', '{tokenmill}:owned:' .. owner, ARGV[3]) end
 redis.call('SREM', KEYS[4], ARGV[3])
@@ -181,12 +237,22 @@ redis.call('EXPIRE', KEYS[3], ARGV[4])
 return 1
 """
 
-# KEYS: .. job owned. ARGV: lease_ms owner epoch job. Only when every own frame of the job was answered.
+# KEYS: .. job. ARGV: lease_ms owner epoch. From here on a death counts as this job's doing.
+_TRY = """
+local f = redis.call('HMGET', KEYS[3], 'owner', 'epoch')
+if f[1] == ARGV[2] and f[2] == ARGV[3] then redis.call('HSET', KEYS[3], 'on_trial', '1') end
+return 1
+"""
+
+# KEYS: .. job owned. ARGV: lease_ms owner epoch job blame. Only when every own frame of the job was answered.
 _GIVE_UP = """
 local f = redis.call('HMGET', KEYS[3], 'owner', 'epoch', 'state', 'era')
 if f[1] ~= ARGV[2] or f[2] ~= ARGV[3] or f[3] ~= 'owned' or f[4] ~= era or not lives(ARGV[2]) then return 0 end
 redis.call('SREM', KEYS[4], ARGV[4])
-redis.call('HSET', KEYS[3], 'owner', '', 'state', 'queued')
+local on_trial = redis.call('HGET', KEYS[3], 'on_trial') == '1'
+if ARGV[5] == 'crash' then redis.call('HINCRBY', KEYS[3], on_trial and 'trial_crashes' or 'crashes', 1) end
+if ARGV[5] == 'death' then redis.call('HINCRBY', KEYS[3], on_trial and 'trial_deaths' or 'taken', 1) end
+redis.call('HSET', KEYS[3], 'owner', '', 'state', 'queued', 'on_trial', '0')
 return 1
 """
 
@@ -277,7 +343,7 @@ return rows
 
 _SCRIPTS = {
     "found": _FOUND, "floor": _FLOOR, "register": _REGISTER, "renew": _RENEW, "claim": _CLAIM, "fenced": _FENCED, "take": _TAKE,
-    "take_back": _TAKE_BACK, "finish": _FINISH, "give_up": _GIVE_UP, "assert": _ASSERT, "retire": _RETIRE, "orphans": _ORPHANS,
+    "take_back": _TAKE_BACK, "finish": _FINISH, "give_up": _GIVE_UP, "try": _TRY, "admit": _ADMIT, "stale": _STALE, "discharge": _DISCHARGE, "assert": _ASSERT, "retire": _RETIRE, "orphans": _ORPHANS,
     "bury": _BURY, "lead": _LEAD, "cancel": _CANCEL, "view": _VIEW,
 }
 
@@ -302,10 +368,46 @@ class Claim:
     chains: tuple[str, ...] = ()
     unfenced: tuple[str, ...] = ()
     is_cancelled: bool = False
-    times_taken: int = 0        # from how many owners the job was taken because their lease had lapsed
+    record: "DeathRecord" = field(default_factory=lambda: DeathRecord())
     wait_s: float = 0.0
     era: str = ""
     floor_era: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeathRecord:
+    """How often an owner of this job ended while it had the job. Most such jobs are innocent: a worker runs many at once.
+
+    deaths      owners that vanished (lease lapsed, engine killed): anything may have done that
+    crashes     engines that crashed by themselves while they ran it
+    trial_…     the same while the job was the only suspect in that worker
+    """
+
+    deaths: int = 0
+    crashes: int = 0
+    trial_deaths: int = 0
+    trial_crashes: int = 0
+
+    @property
+    def is_suspect(self) -> bool:
+        """To be run as the only suspect of its worker, so that the next death tells."""
+        return self.crashes > 0 or self.deaths > 1
+
+    @property
+    def is_guilty(self) -> bool:
+        return self.trial_crashes > 0 or self.trial_deaths > 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionLimits:
+    """Bounds on open work (queued and running); 0 means none."""
+
+    max_class_tokens: int = 8_000_000
+    max_tenant_jobs: int = 0
+    max_tenant_tokens: int = 0
+
+
+Blame = Literal["", "crash", "death"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -397,7 +499,9 @@ class Store:
         match reply[0]:
             case "granted":
                 return Claim(state="granted", epoch=int(reply[1]), chains=tuple(reply[2].split()), unfenced=tuple(reply[3].split()),
-                             is_cancelled=reply[4] == "1", times_taken=int(reply[5]), floor_era=reply[6])
+                             is_cancelled=reply[4] == "1", floor_era=reply[5],
+                             record=DeathRecord(deaths=int(reply[6]), crashes=int(reply[7]), trial_deaths=int(reply[8]),
+                                                trial_crashes=int(reply[9])))
             case "wait":
                 return Claim(state="wait", wait_s=float(reply[1]) / 1000, floor_era=reply[2])
             case "need_roster":
@@ -422,9 +526,13 @@ class Store:
         """The final record stands. For anyone who has seen it; `owner` is the caller."""
         await self._call("finish", [self._job(job_id), self._owned(owner)], owner, job_id, DONE_TTL_S)
 
-    async def give_up(self, owner: str, job_id: str, epoch: int) -> bool:
-        """Stop owning a job that goes back into the queue. False: it was not ours."""
-        return bool(await self._call("give_up", [self._job(job_id), self._owned(owner)], owner, epoch, job_id))
+    async def put_on_trial(self, owner: str, job_id: str, epoch: int) -> None:
+        """This suspect starts to run now, as the only one of its worker."""
+        await self._call("try", [self._job(job_id)], owner, epoch)
+
+    async def give_up(self, owner: str, job_id: str, epoch: int, blame: Blame = "") -> bool:
+        """Stop owning a job that goes back into the queue; `blame`: what happened to the engine that ran it. False: it was not ours."""
+        return bool(await self._call("give_up", [self._job(job_id), self._owned(owner)], owner, epoch, job_id, blame))
 
     async def reassert(self, owner: str, info: dict[str, Any], jobs: Iterable[OwnedJob]) -> set[str] | None:
         """Say again what we own, after Redis lost data. The ids that are not ours any more; None: too late, this incarnation is over."""
@@ -433,6 +541,29 @@ class Store:
             flat += [job.job_id, job.epoch, job.ack, job.origin, job.model, " ".join(job.chains)]
         state, *lost = await self._call("assert", [self._key("workers"), self._owned(owner)], owner, msgpack.packb(info), JOB_TTL_S, *flat)
         return {_text(job_id) for job_id in lost} if _text(state) == "ok" else None
+
+    async def admit(self, job_id: str, klass: str, tokens: int, tenant: str, limits: "AdmissionLimits") -> None:
+        """Count a job in before it is published; `tokens` are prompt and max_new_tokens. Its `finish` counts it out.
+
+        Raises QueueFull when the class or the tenant is at its bound. Counting the same id in twice counts once.
+        """
+        state, *bound = await self._call(
+            "admit", [self._key("open"), self._key("load"), self._key("tenants")], job_id, klass, tokens, tenant or "-",
+            limits.max_class_tokens, limits.max_tenant_jobs, limits.max_tenant_tokens)
+        match _text(state):
+            case "tenant_jobs":
+                raise QueueFull(f"of tenant {tenant or '(none)'} ({_text(bound[0])} open jobs)")
+            case "tenant_tokens" | "tenant_share":
+                raise QueueFull(f"of tenant {tenant or '(none)'} ({_text(bound[0])} open tokens)")
+            case "class_tokens":
+                raise QueueFull(f"of class {klass} ({_text(bound[0])} open tokens)")
+
+    async def discharge(self, job_id: str) -> None:
+        """Count a job out that was admitted and not published. Its record, if there is one, stays as it is."""
+        await self._call("discharge", [], job_id)
+
+    async def stale_admissions(self, max_age_s: float) -> list[str]:
+        return [_text(job_id) for job_id in await self._call("stale", [self._key("open")], int(max_age_s * 1000))]
 
     async def cancel(self, job_id: str) -> bool:
         """Remember that a job is to be cancelled, for whoever claims or takes it. False: it is over already."""

@@ -6,15 +6,18 @@ Without it, `ack_wait` brings the jobs back, later.
 
 import asyncio
 import logging
+import time
 
 from coordinator.bus import Bus
 from coordinator.errors import Unavailable
 from coordinator.store import Store, WorkerView, owner_name
+from coordinator.subjects import OUT_MAX_AGE_S
 
 log = logging.getLogger(__name__)
 
 PERIOD_S = 0.5
 LEADER_S = 3.0
+SWEEP_PERIOD_S = 60.0
 
 
 class Watcher:
@@ -24,6 +27,7 @@ class Watcher:
         self._bus = bus
         self._store = store
         self._name = name
+        self._next_sweep = 0.0
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -39,6 +43,7 @@ class Watcher:
             try:
                 if await self._store.lead("watcher", self._name, LEADER_S):
                     await self.look()
+                    await self._sweep_admissions()
             except Unavailable as error:
                 log.warning("watcher: %s", error)
             await asyncio.sleep(PERIOD_S)
@@ -50,6 +55,14 @@ class Watcher:
             if not view.is_alive:
                 num_naks += await self._bury(view)
         return num_naks
+
+    async def _sweep_admissions(self) -> None:
+        now = time.monotonic()
+        if now < self._next_sweep:
+            return
+        self._next_sweep = now + SWEEP_PERIOD_S
+        for job_id in await self._store.stale_admissions(OUT_MAX_AGE_S):
+            await self._store.discharge(job_id)
 
     async def _bury(self, view: WorkerView) -> int:
         owner = owner_name(view.worker, view.incarnation)

@@ -10,7 +10,7 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
@@ -184,14 +184,15 @@ class TokenmillClient:
 
     @classmethod
     async def connect(cls, nats_url: str, redis_url: str | None = None, *, model: str = "default_model_name", origin: str = "",
-                      max_queued: int | None = None, connect_timeout_s: float = 10.0, submit_timeout_s: float = SUBMIT_TIMEOUT_S) -> Self:
+                      max_queued: int | None = None, connect_timeout_s: float = 10.0, submit_timeout_s: float = SUBMIT_TIMEOUT_S,
+                      on_fatal: Callable[[Exception], None] | None = None) -> Self:
         """Connect, make sure that the streams exist, and listen. Without Redis, cancelling reaches only jobs that are running.
 
         `max_queued` bounds the jobs of a class for the whole farm (None: leave the bound that is there). `submit_timeout_s` is how
-        long a submit rides out a broker that is away. Raises Unavailable.
+        long a submit rides out a broker that is away. `on_fatal` is told if NATS closes the connection for good. Raises Unavailable.
         """
         origin = origin or f"producer-{uuid.uuid4().hex[:12]}"
-        bus = await Bus.connect(nats_url, name=origin, timeout_s=connect_timeout_s)
+        bus = await Bus.connect(nats_url, name=origin, on_fatal=on_fatal, timeout_s=connect_timeout_s)
         client = cls(bus, Store(redis_url) if redis_url else None, model=model, origin=origin, submit_timeout_s=submit_timeout_s)
         try:
             await client.start(max_queued=max_queued)

@@ -54,24 +54,30 @@ def _build(lifespan: Callable[[FastAPI], contextlib.AbstractAsyncContextManager[
 
 async def serve(settings: RestSettings) -> None:
     """Until SIGTERM or SIGINT; running answers then get `shutdown_grace_s` to end. Raises ConfigError, Unavailable."""
-    shim = await Shim.open(settings)
+    app = _build(None)
+    server = uvicorn.Server(uvicorn.Config(
+        app, host=settings.host, port=settings.port, http="httptools", ws="none", lifespan="off", access_log=settings.access_log,
+        log_level=settings.log_level, log_config=None, server_header=False, backlog=BACKLOG,
+        timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_s)))
+    faults: list[Exception] = []
+
+    def on_fatal(error: Exception) -> None:
+        faults.append(error)
+        server.should_exit = True
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        server.should_exit = True
+
+    app.state.shim = shim = await Shim.open(settings, on_fatal)
     try:
-        app = _build(None)
-        app.state.shim = shim
-        server = uvicorn.Server(uvicorn.Config(
-            app, host=settings.host, port=settings.port, http="httptools", ws="none", lifespan="off", access_log=settings.access_log,
-            log_level=settings.log_level, log_config=None, server_header=False, backlog=BACKLOG,
-            timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_s)))
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            server.should_exit = True
-
         # uvicorn has handlers of its own while it serves; after that it raises the signal again, which must not end us unclosed.
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
+            signal.signal(number, on_signal)
         await server.serve()
     finally:
         await shim.close()
+    if faults:
+        raise faults[0]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Self
 
 from fastapi import FastAPI
@@ -34,13 +34,14 @@ class Shim:
         self._watcher = Watcher(client.bus, client.store, client.origin)
 
     @classmethod
-    async def open(cls, settings: RestSettings) -> Self:
-        """Raises ConfigError, Unavailable."""
+    async def open(cls, settings: RestSettings, on_fatal: Callable[[Exception], None] | None = None) -> Self:
+        """`on_fatal` is told if NATS closes the connection for good. Raises ConfigError, Unavailable."""
         defaults = model_defaults(settings.model_dir)
         tokenizer = await asyncio.to_thread(Tokenizer.from_dir, settings.model_dir)
         admission = Admission(tokenizer=tokenizer, defaults=defaults, max_req_total_len=settings.max_req_total_len)
         client = await TokenmillClient.connect(settings.nats_url, settings.redis_url, model=settings.model_name,
-                                               max_queued=settings.max_queued, submit_timeout_s=settings.submit_timeout_s)
+                                               max_queued=settings.max_queued, submit_timeout_s=settings.submit_timeout_s,
+                                               on_fatal=on_fatal)
         shim = cls(settings, admission, client)
         shim._watcher.start()
         return shim

@@ -14,7 +14,7 @@ from typing import Any
 from coordinator import subjects
 from coordinator.bus import Bus, Message
 from coordinator.errors import Fenced, Unavailable
-from coordinator.store import Store
+from coordinator.store import Blame, Store
 from coordinator.subjects import model_token
 from coordinator.tokenizer import Tokenizer
 from workers.active_job import Phase
@@ -188,8 +188,8 @@ class Incarnation:
         while len(self.jobs) and time.monotonic() < give_up_at and not self.over.is_set():
             await asyncio.sleep(0.02)
 
-    async def leave(self) -> None:
-        """Hand back what is still ours, and retire. What others took stays theirs."""
+    async def leave(self, blame: Blame = "") -> None:
+        """Hand back what is still ours, and retire. What others took stays theirs. `blame`: what happened to the engine, if it ended."""
         await self._pulling.close()
         if self._taker is not None:
             self._taker.abandon()
@@ -204,7 +204,7 @@ class Incarnation:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.jobs.settle(), SETTLE_S)
         with contextlib.suppress(Unavailable, asyncio.TimeoutError):
-            await asyncio.wait_for(self.jobs.hand_back(), SETTLE_S)
+            await asyncio.wait_for(self.jobs.hand_back(blame), SETTLE_S)
         await self.jobs.emitter.close()
         await self._lease.close()
         with contextlib.suppress(Unavailable):

@@ -14,7 +14,7 @@ from coordinator.fold import Shown, fold
 from coordinator.messages import DeadLetter, Job, TokenRun, check_id, decode_map
 from coordinator.store import Claim, Store, owner_name
 from coordinator.tokenizer import Tokenizer
-from workers.active_job import open_job
+from workers.active_job import ActiveJob, open_job
 from workers.jobs import Identity, Jobs
 
 log = logging.getLogger(__name__)
@@ -81,8 +81,24 @@ class Intake:
         elif (reason := self._reason_to_end(job, claim)) is not None:
             self._jobs.add(active)
             self._jobs.end(active, reason)
+        elif claim.record.is_guilty:
+            await self._condemn(active, claim, delivery)
+        elif claim.record.is_suspect:
+            self._jobs.start_trial(active)
         else:
             self._jobs.start(active)
+
+    async def _condemn(self, active: ActiveJob, claim: Claim, delivery: Delivery) -> None:
+        """A job that takes its workers down with it is withdrawn, whole and with its history."""
+        record, job_id = claim.record, active.job.job_id
+        reason = (f"its workers ended while it ran: {record.crashes + record.trial_crashes} engine crashes, "
+                  f"{record.deaths + record.trial_deaths} workers lost")
+        log.error("job %s withdrawn: %s", job_id, reason)
+        letter = DeadLetter(subject=delivery.subject, reason=reason, payload=delivery.data, at_ms=int(time.time() * 1000), job_id=job_id,
+                            history=claim.chains)
+        await self._jobs.until_available(lambda: self._bus.dead_letter(letter, self._me.model))
+        self._jobs.add(active)
+        self._jobs.end(active, "error", f"withdrawn: {reason}")
 
     async def _ask(self, job: Job, delivery: Delivery) -> Claim:
         """Claim until answered: a claim whose reply was lost may have made us the owner, and then nobody else would take the job up."""

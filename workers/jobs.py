@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from coordinator.bus import Bus
 from coordinator.errors import Unavailable
 from coordinator.messages import KVLayout, TokenRun, pack_ids
-from coordinator.store import OwnedJob, Store, owner_name
+from coordinator.store import Blame, OwnedJob, Store, owner_name
 from workers.active_job import ActiveJob, Phase
 from workers.emitter import Emitter
 from workers.engine_link import EngineLink
@@ -53,6 +53,8 @@ class Jobs:
         self._active: dict[str, ActiveJob] = {}
         self._by_key: dict[str, ActiveJob] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._suspects: list[ActiveJob] = []        # claimed, waiting until they may run as the only suspect
+        self._on_trial: ActiveJob | None = None
 
     def __len__(self) -> int:
         return len(self._active)
@@ -90,6 +92,29 @@ class Jobs:
     def start(self, active: ActiveJob) -> None:
         """Give a claimed job to the engine."""
         self.add(active)
+        self._run(active)
+
+    def start_trial(self, active: ActiveJob) -> None:
+        """Give a suspect to the engine when no other suspect runs here."""
+        self.add(active)
+        self._suspects.append(active)
+        self._try_next_suspect()
+
+    def _try_next_suspect(self) -> None:
+        if self._on_trial is not None and self._on_trial.phase is not Phase.GONE:
+            return
+        self._on_trial = None
+        self._suspects = [suspect for suspect in self._suspects if suspect.phase is Phase.RUNNING]
+        if self._suspects:
+            self._on_trial = self._suspects.pop(0)
+            self._spawn(self._try(self._on_trial))
+
+    async def _try(self, active: ActiveJob) -> None:
+        await self.until_available(lambda: self._store.put_on_trial(self.me.owner, active.job.job_id, active.epoch))
+        if active.phase is Phase.RUNNING:
+            self._run(active)
+
+    def _run(self, active: ActiveJob) -> None:
         self._engine.send(AddSequence(job_id=active.key, token_ids=pack_ids([*active.prompt_ids, *active.shown.token_ids]),
                                       num_prompt=len(active.prompt_ids), params=active.job.params))
 
@@ -101,6 +126,8 @@ class Jobs:
             self._engine.send(Cancel(job_id=active.key))
         if self._active.get(active.job.job_id) is active:
             del self._active[active.job.job_id]
+        if active is self._on_trial:
+            self._try_next_suspect()
         self.on_change()
 
     def end(self, active: ActiveJob, reason: str, error: str = "") -> None:
@@ -170,8 +197,11 @@ class Jobs:
                 log.warning("waiting: %s", error)
                 await asyncio.sleep(RETRY_S)
 
-    async def hand_back(self) -> None:
-        """Put every job that is still ours back into the queue, unharmed: nothing of it is emitted here any more."""
+    async def hand_back(self, blame: Blame = "") -> None:
+        """Put every job that is still ours back into the queue: nothing of it is emitted here any more.
+
+        `blame`: what happened to the engine, if that is why. Only jobs that the engine had are blamed.
+        """
         held = [active for active in self.all() if active.phase in (Phase.RUNNING, Phase.OFFERED)]
         was_offered = {active.job.job_id for active in held if active.phase is Phase.OFFERED}
         for active in held:
@@ -183,7 +213,7 @@ class Jobs:
                 if epoch is None:
                     continue
                 active.epoch = epoch
-            await self._give_up(active)
+            await self._give_up(active, "" if active.job.job_id in was_offered or active in self._suspects else blame)
 
     async def put_back(self, active: ActiveJob) -> None:
         """One job back into the queue, for another owner to go on with."""
@@ -191,8 +221,8 @@ class Jobs:
         await self.emitter.flush()
         await self._give_up(active)
 
-    async def _give_up(self, active: ActiveJob) -> None:
-        if await self._store.give_up(self.me.owner, active.job.job_id, active.epoch):
+    async def _give_up(self, active: ActiveJob, blame: Blame = "") -> None:
+        if await self._store.give_up(self.me.owner, active.job.job_id, active.epoch, blame):
             await self._bus.nak(active.ack_subject)
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:

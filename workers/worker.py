@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from coordinator import lifeline
 from coordinator.bus import Bus
 from coordinator.errors import ConfigError, TokenmillError, Unavailable
-from coordinator.store import Store
+from coordinator.store import Blame, Store
 from coordinator.subjects import model_token
 from coordinator.tokenizer import Tokenizer
 from coordinator.watcher import Watcher
@@ -38,6 +38,7 @@ class Worker:
         self._settings = settings
         self._stopping = asyncio.Event()
         self._failure = ""
+        self._blame: Blame = ""
         self._stats = NO_STATS
         self._incarnation: Incarnation | None = None
 
@@ -53,7 +54,7 @@ class Worker:
             events = engine.events()
             ready = await self._load(engine, events)
             tokenizer = await asyncio.to_thread(Tokenizer.from_dir, settings.engine.model_dir)
-            pump = asyncio.create_task(self._pump(events))
+            pump = asyncio.create_task(self._pump(engine, events))
             bus = await Bus.connect(settings.nats_url, name=settings.worker_id, on_fatal=lambda error: self._fail(f"NATS: {error}"))
             store = Store(settings.redis_url, lease_s=settings.lease_s)
             await self._until_provisioned(bus, store)
@@ -113,15 +114,17 @@ class Worker:
         await life.stop_pulling()
         if not self._failure and not life.over.is_set():
             await life.drain(self._settings.drain_timeout_s)
-        await life.leave()
+        await life.leave(self._blame)
 
-    async def _pump(self, events: AsyncIterator[Event]) -> None:
+    async def _pump(self, engine: EngineLink, events: AsyncIterator[Event]) -> None:
         async for event in events:
             if isinstance(event, Stats):
                 self._stats = event
             if self._incarnation is not None:
                 self._incarnation.on_event(event)
-        self._fail("the engine process ended")
+        status = await asyncio.to_thread(engine.process.wait)
+        self._blame = "death" if status in (-signal.SIGKILL, -signal.SIGTERM) else "crash"
+        self._fail(f"the engine process ended with status {status}")
 
     def _fail(self, why: str) -> None:
         self._failure = self._failure or why

@@ -8,8 +8,8 @@ import pytest
 import redis.asyncio as redis
 
 from coordinator.embedded import EmbeddedServices
-from coordinator.errors import Unavailable
-from coordinator.store import Claim, OwnedJob, Store, owner_name
+from coordinator.errors import QueueFull, Unavailable
+from coordinator.store import AdmissionLimits, Claim, OwnedJob, Store, owner_name
 
 pytestmark = pytest.mark.services
 LEASE_S = 0.4
@@ -64,10 +64,10 @@ async def test_a_lapsed_owners_job_is_taken_and_its_chain_must_be_fenced_by_whoe
     await lapse(store, a, b, c)
     second = await claim(store, b)
     assert second.state == "granted" and second.epoch > first.epoch
-    assert second.unfenced == (a,) and second.chains == (a,) and second.times_taken == 1
+    assert second.unfenced == (a,) and second.chains == (a,) and second.record.deaths == 1
     await lapse(store, b, c)  # b died before it fenced a
     third = await claim(store, c)
-    assert set(third.unfenced) == {a, b} and third.times_taken == 2
+    assert set(third.unfenced) == {a, b} and third.record.deaths == 2
     await store.fenced("j", a)
     assert (await store.job("j"))["unfenced"] == b
 
@@ -123,6 +123,34 @@ async def test_a_job_given_up_is_claimed_without_fencing_the_giver(store: Store)
     second = await claim(store, b)
     assert second.state == "granted" and second.unfenced == () and second.chains == (a,)
     assert await store.renew(a, INFO) == "ok"
+
+
+async def test_a_job_whose_engines_crash_is_tried_alone_and_then_found_guilty(store: Store) -> None:
+    a, b = await register(store, "a"), await register(store, "b")
+    first = await claim(store, a)
+    assert not first.record.is_suspect
+    assert await store.give_up(a, "j", first.epoch, "crash")
+    second = await claim(store, b)
+    assert second.record.is_suspect and not second.record.is_guilty
+    assert await store.give_up(b, "j", second.epoch, "crash"), "a crash that is not its own: it did not run alone"
+    third = await claim(store, a)
+    assert third.record.is_suspect and not third.record.is_guilty
+    await store.put_on_trial(a, "j", third.epoch)
+    assert await store.give_up(a, "j", third.epoch, "crash")
+    assert (await claim(store, b)).record.is_guilty
+
+
+async def test_a_job_whose_workers_vanish_is_tried_after_two_deaths_and_guilty_after_two_more(store: Store) -> None:
+    reader = await register(store, "reader")
+    verdicts = []
+    for i in range(5):
+        owner = await register(store, f"w{i}")
+        held = await claim(store, owner)
+        verdicts.append((held.record.is_suspect, held.record.is_guilty))
+        if held.record.is_suspect:
+            await store.put_on_trial(owner, "j", held.epoch)
+        await lapse(store, owner, reader)
+    assert verdicts == [(False, False), (False, False), (True, False), (True, False), (True, True)]
 
 
 async def test_a_finished_job_is_done_for_everybody_and_owned_by_nobody(store: Store) -> None:
@@ -222,6 +250,46 @@ async def test_the_watcher_sees_what_a_lapsed_owner_held_and_nothing_of_the_livi
     assert await store.bury(a)
     assert await store.renew(a, INFO) == "over"
     assert (await claim(store, b)).unfenced == (a,)
+
+
+async def test_a_class_admits_tokens_up_to_its_bound_and_again_when_jobs_are_over(store: Store) -> None:
+    limits = AdmissionLimits(max_class_tokens=100)
+    await store.admit("a", "normal", 60, "", limits)
+    await store.admit("a", "normal", 60, "", limits)  # the retry of the same job counts once
+    with pytest.raises(QueueFull, match="class normal"):
+        await store.admit("b", "normal", 60, "", limits)
+    await store.admit("c", "batch", 60, "", limits)
+    await store.finish("any.1", "a")
+    await store.admit("b", "normal", 60, "", limits)
+
+
+async def test_one_job_larger_than_the_whole_bound_is_admitted_when_the_class_is_empty(store: Store) -> None:
+    await store.admit("huge", "normal", 500, "", AdmissionLimits(max_class_tokens=100))
+
+
+async def test_a_tenant_is_bounded_by_jobs_by_tokens_and_by_its_share_of_a_full_class(store: Store) -> None:
+    await store.admit("1", "normal", 10, "x", AdmissionLimits(max_tenant_jobs=1))
+    with pytest.raises(QueueFull, match="tenant x .1 open jobs"):
+        await store.admit("2", "normal", 10, "x", AdmissionLimits(max_tenant_jobs=1))
+    with pytest.raises(QueueFull, match="tenant x .15 open tokens"):
+        await store.admit("2", "normal", 10, "x", AdmissionLimits(max_tenant_tokens=15))
+    limits = AdmissionLimits(max_class_tokens=100)
+    await store.admit("2", "normal", 30, "x", limits)
+    await store.admit("3", "normal", 10, "y", limits)
+    with pytest.raises(QueueFull, match="tenant x .50 open tokens"):
+        await store.admit("4", "normal", 20, "x", limits)
+    await store.admit("5", "normal", 35, "y", limits)
+
+
+async def test_admissions_whose_producer_died_are_found_and_counted_out(store: Store) -> None:
+    limits = AdmissionLimits(max_class_tokens=100)
+    await store.admit("lost", "normal", 100, "", limits)
+    assert await store.stale_admissions(3600) == []
+    while not (stale := await store.stale_admissions(0)):
+        pass
+    assert stale == ["lost"]
+    await store.discharge("lost")
+    await store.admit("next", "normal", 100, "", limits)
 
 
 async def test_one_leads_at_a_time(store: Store) -> None:

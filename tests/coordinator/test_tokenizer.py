@@ -195,6 +195,16 @@ def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Path) -> None
         Tokenizer.from_dir(tmp_path)
 
 
+def test_a_folder_with_only_vocabulary_files_is_loaded_by_transformers(tmp_path: Path) -> None:
+    fast = byte_level()
+    fast.model.save(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "eos_token_id": 2}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "unk_token": "<unk>", "eos_token": "</s>"}')
+    tokenizer = Tokenizer.from_dir(tmp_path)
+    ids = tokenizer.encode("the quick 你好")
+    assert ids == fast.encode("the quick 你好").ids and tokenizer.decode(ids) == joined(tokenizer, ids) == "the quick 你好"
+
+
 def test_loading_needs_neither_transformers_nor_torch(model_dir: Path) -> None:
     code = ("import sys; from coordinator.tokenizer import Tokenizer; Tokenizer.from_dir(sys.argv[1]); "
             "print([m for m in ('torch', 'transformers') if m in sys.modules])")
