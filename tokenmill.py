@@ -6,6 +6,8 @@ import sys
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("coordinator.serve", "start a farm, or one part of it (--run_mode)"),
     "status": ("coordinator.status", "who is alive, what is queued, what is held"),
+    "jobs": ("coordinator.jobs_cli", "what became of a job; stop one"),
+    "dlq": ("coordinator.dlq_cli", "dead letters: list, show, replay, drop"),
     "model": ("workers.model_cli", "fetch the demo model, write random checkpoints, show one"),
 }
 

@@ -78,7 +78,8 @@ class Bus(JetStream):
         After Unavailable it may or may not be queued; the same job published again within two minutes is queued once. A replay
         that must not count as that repetition names a `message_id` of its own (default: the job id).
         """
-        return await self._publish_once(subjects.jobs(job.model, job.klass, lane or subjects.tenant_lane(job.tenant)), job.encode(), message_id or job.job_id, deadline_s)
+        subject = subjects.jobs(job.model, job.klass, lane or subjects.tenant_lane(job.tenant))
+        return await self._publish_once(subject, job.encode(), message_id or job.job_id, deadline_s)
 
     async def publish_handoff(self, model: str, handle: bytes, *, lane: str = subjects.ANY_LANE,
                               deadline_s: float = PUBLISH_DEADLINE_S) -> int:

@@ -1,4 +1,4 @@
-"""A child process that ends with its parent, however the parent ends: the child holds the read end of a pipe that only the parent writes."""
+"""A child process that ends with its parent, however that ends: the child holds the read end of a pipe that only the parent writes."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def spawn(module: str, args: Sequence[str]) -> tuple[subprocess.Popen[bytes], in
 
 
 def hold_on() -> None:
-    """Call once at a child's start: SIGTERM to itself when the parent is gone, SIGKILL if that does not end it. Nothing without a lifeline."""
+    """Call once at a child's start: SIGTERM to itself when the parent is gone, SIGKILL if that does not end it."""
     fd = os.environ.pop(ENV, None)
     if fd is None:
         return

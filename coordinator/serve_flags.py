@@ -1,4 +1,4 @@
-"""`tokenmill serve`: every flag, what it means, and which ones this version refuses. Names and defaults are LightLLM's where it has them."""
+"""`tokenmill serve`: every flag, what it means, and which this version refuses. Names and defaults are LightLLM's where it has them."""
 
 import argparse
 import ipaddress
@@ -54,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         help="of weights and KV cache (default: float32 on CPU, the checkpoint's own on GPU)")
     add("--max_req_total_len", type=int, default=16384, help="most tokens of one request, prompt and output (default: %(default)s)")
     add("--max_total_token_num", type=int, default=0, help="tokens the KV pool holds (default: from --mem_fraction)")
-    add("--mem_fraction", type=float, default=0.9, help="share of free memory to use; on CPU half of it, at most 4 GiB, is the KV pool (default: %(default)s)")
+    add("--mem_fraction", type=float, default=0.9,
+        help="share of free memory to use; on CPU half of it, at most 4 GiB, is the KV pool (default: %(default)s)")
     add("--running_max_req_size", type=int, default=0, help="sequences running at once (default: 64 on CPU)")
     add("--chunked_prefill_size", type=int, default=0, help="tokens of one prefill step (default: 512 on CPU)")
     add("--page_size", type=int, default=0, help="tokens of one KV page (default: 16 on CPU)")

@@ -4,32 +4,24 @@ import argparse
 import asyncio
 import json
 import sys
-import urllib.request
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from coordinator.bus import Bus, Counters
-from coordinator.errors import TokenmillError, Unavailable
-from coordinator.store import Store, WorkerView
-from coordinator.subjects import model_token
+from coordinator.bus import Counters
+from coordinator.errors import TokenmillError
+from coordinator.farm_access import FarmAccess, add_flags, reach
+from coordinator.store import WorkerView
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="tokenmill status", description="Who is alive, what is queued, what is held.", allow_abbrev=False)
-    parser.add_argument("--url", default="http://127.0.0.1:8088", help="a REST shim of the farm (default: %(default)s)")
-    parser.add_argument("--nats_url", default="", help="ask NATS and Redis directly, without a shim")
-    parser.add_argument("--redis_url", default="")
-    parser.add_argument("--model_name", default="default_model_name", help="with --nats_url (default: %(default)s)")
+    add_flags(parser)
     parser.add_argument("--json", action="store_true")
     flags = parser.parse_args(argv)
     try:
-        if flags.nats_url and flags.redis_url:
-            found = {"nats_url": flags.nats_url, "redis_url": flags.redis_url, "model_name": flags.model_name}
-        else:
-            found = _ask_shim(flags.url)
-        report = asyncio.run(collect(found["nats_url"], found["redis_url"], model_token(found["model_name"])))
+        report = asyncio.run(_reach_and_collect(flags))
     except TokenmillError as error:
         print(f"tokenmill status: {error}", file=sys.stderr)
         return 1
@@ -37,17 +29,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-async def collect(nats_url: str, redis_url: str, model: str) -> dict[str, Any]:
+async def _reach_and_collect(flags: argparse.Namespace) -> dict[str, Any]:
+    async with reach(flags) as farm:
+        return await collect(farm)
+
+
+async def collect(farm: FarmAccess) -> dict[str, Any]:
     """The farm's counters as one map. At rest `held_pages`, `pinned`, `claims`, `num_ack_pending` and `jobs_depth` are 0."""
-    bus = await Bus.connect(nats_url, name="status", on_fatal=lambda error: None)
-    store = Store(redis_url)
-    try:
-        counters = await bus.counters(model)
-        workers = await store.workers(model)
-    finally:
-        await bus.close()
-        await store.close()
-    return {"model": model, **totals(workers), **depths(counters), "workers": [_row(view) for view in workers]}
+    counters, workers = await farm.bus.counters(farm.model), await farm.store.workers(farm.model)
+    return {"model": farm.model, **totals(workers), **depths(counters), "workers": [_row(view) for view in workers]}
 
 
 def totals(workers: list[WorkerView]) -> dict[str, int]:
@@ -76,15 +66,6 @@ def _row(view: WorkerView) -> dict[str, Any]:
     return {"worker": view.worker, "incarnation": view.incarnation, "role": view.role, "alive": view.is_alive,
             "lease_left_s": round(view.expires_in_s, 1), "claims": view.num_owned, "host": info.get("host", ""), "pid": info.get("pid", 0),
             "finished": info.get("finished", 0), "stats": view.stats}
-
-
-def _ask_shim(url: str) -> dict[str, str]:
-    try:
-        with urllib.request.urlopen(f"{url}/bootstrap", timeout=3.0) as reply:
-            body: dict[str, str] = json.load(reply)
-            return body
-    except (OSError, ValueError) as error:
-        raise Unavailable(f"no REST shim at {url} ({error}); give --url, or --nats_url and --redis_url") from None
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ share one hash tag, so that they live in one slot of a cluster. Time is the serv
     {tokenmill}:load, :tenants  hash   sums over `open`: tokens by class, jobs and tokens by tenant
 """
 
-import asyncio
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -75,7 +74,7 @@ local function without(text, word)
 end
 """
 
-# ARGV: lease_ms. A brand-new farm (its JOBS stream was made just now) has no former owners: no grace, and every job is younger than the era.
+# ARGV: lease_ms. A brand-new farm (its JOBS stream was made just now) has no former owners: no grace, every job is younger than the era.
 _FOUND = """
 redis.call('HSET', meta, 'grace_until', 0, 'jobs_floor', 0)
 return 1
@@ -178,7 +177,7 @@ redis.call('HSET', KEYS[3], 'epoch', epoch)
 return epoch
 """
 
-# KEYS: .. open load tenants. ARGV: lease_ms job class tokens tenant max_class_tokens max_tenant_jobs max_tenant_tokens (0: no bound)
+# KEYS: .. open load tenants. ARGV: lease_ms job class tokens tenant max_class_tokens max_tenant_jobs max_tenant_tokens (0: none)
 # Open work is what was admitted and has no final record. Above half of a class' bound, no tenant may hold more than its share.
 _ADMIT = """
 local id, klass, tokens, tenant = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
@@ -191,7 +190,9 @@ if most_jobs > 0 and jobs > most_jobs then return {'tenant_jobs', tostring(most_
 if most_tokens > 0 and held > most_tokens then return {'tenant_tokens', tostring(most_tokens)} end
 if most > 0 and queued > most and queued > tokens then return {'class_tokens', tostring(most)} end
 local num_tenants = redis.call('HLEN', KEYS[5]) + (held == tokens and 1 or 0)
-if most > 0 and queued * 2 > most and num_tenants > 1 and held > most / num_tenants then return {'tenant_share', int(most / num_tenants)} end
+if most > 0 and queued * 2 > most and num_tenants > 1 and held > most / num_tenants then
+  return {'tenant_share', int(most / num_tenants)}
+end
 redis.call('HSET', KEYS[3], id, klass .. ' ' .. int(tokens) .. ' ' .. int(now) .. ' ' .. tenant)
 redis.call('HINCRBY', KEYS[4], klass, tokens)
 redis.call('HINCRBY', KEYS[4], 'jobs ' .. tenant, 1)
@@ -261,6 +262,7 @@ return 1
 _ASSERT = """
 local me, lost = ARGV[2], {}
 if now >= grace_until then return {'over'} end
+redis.call('DEL', KEYS[4])  -- what an older Redis remembered: a job that was finished in the lost second is not asserted
 for i = 5, #ARGV, 6 do
   local id, epoch = ARGV[i], tonumber(ARGV[i + 1])
   local job = '{tokenmill}:job:' .. id
@@ -343,7 +345,8 @@ return rows
 
 _SCRIPTS = {
     "found": _FOUND, "floor": _FLOOR, "register": _REGISTER, "renew": _RENEW, "claim": _CLAIM, "fenced": _FENCED, "take": _TAKE,
-    "take_back": _TAKE_BACK, "finish": _FINISH, "give_up": _GIVE_UP, "try": _TRY, "admit": _ADMIT, "stale": _STALE, "discharge": _DISCHARGE, "assert": _ASSERT, "retire": _RETIRE, "orphans": _ORPHANS,
+    "take_back": _TAKE_BACK, "finish": _FINISH, "give_up": _GIVE_UP, "try": _TRY, "admit": _ADMIT, "stale": _STALE,
+    "discharge": _DISCHARGE, "assert": _ASSERT, "retire": _RETIRE, "orphans": _ORPHANS,
     "bury": _BURY, "lead": _LEAD, "cancel": _CANCEL, "view": _VIEW,
 }
 
@@ -461,7 +464,7 @@ class Store:
     async def ping(self) -> None:
         try:
             await self._redis.ping()
-        except (RedisError, OSError, asyncio.TimeoutError) as error:
+        except (TimeoutError, RedisError, OSError) as error:
             raise Unavailable(f"Redis at {self.url}: {error}") from None
 
     async def found(self) -> None:
@@ -597,14 +600,14 @@ class Store:
         """The job's record, {} when there is none."""
         try:
             record = await self._redis.hgetall(self._job(job_id))
-        except (RedisError, OSError, asyncio.TimeoutError) as error:
+        except (TimeoutError, RedisError, OSError) as error:
             raise Unavailable(f"Redis at {self.url}: {error}") from None
         return {_text(k): _text(v) for k, v in record.items()}
 
     async def _call(self, script: str, keys: list[str], *args: Any) -> Any:
         try:
             return await self._scripts[script](keys=[self._key("meta"), self._key("leases"), *keys], args=[self._lease_ms, *args])
-        except (RedisError, OSError, asyncio.TimeoutError) as error:
+        except (TimeoutError, RedisError, OSError) as error:
             raise Unavailable(f"Redis at {self.url}: {error}") from None
 
     @staticmethod

@@ -5,7 +5,7 @@ import zlib
 JOBS, HANDOFF, OUT, RESULTS, DLQ, ROSTER = "JOBS", "HANDOFF", "OUT", "RESULTS", "DLQ", "ROSTER"
 ANY_LANE = "any"
 NUM_TENANT_LANES = 8             # jobs of a tenant queue in one of these, and workers take from them in turn
-ACK_WAIT_S = 5.0              # as long as a lease: a message that died with its receiver, before it was claimed, is back as soon as one that was
+ACK_WAIT_S = 5.0                 # as long as a lease: so is a message back whose receiver died before it claimed
 MAX_ACK_PENDING = 1_000_000      # nats-server's default of 1,000 stalls silently
 MAX_PAYLOAD_BYTES = 8 * 1024 * 1024
 OUT_MAX_AGE_S = 3600.0

@@ -204,7 +204,7 @@ def _eos_token_ids(folder: Path, model_config: dict[str, Any], backend: Backend,
             return tuple(int(i) for i in given) if isinstance(given, list) else (int(given),)
     if "eos_token" not in special:
         return ()
-    found = fast.token_to_id(special["eos_token"]) if fast is not None else getattr(backend, "slow").eos_token_id  # noqa: B009
+    found = fast.token_to_id(special["eos_token"]) if fast is not None else getattr(backend, "slow").eos_token_id
     return () if found is None else (int(found),)
 
 

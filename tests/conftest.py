@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import hypothesis  # noqa: F401  early and here: its pytest plugin would import it in mid-run, from deep inside a hook
+import hypothesis
 import pytest
 import redis
 
@@ -19,6 +19,10 @@ from coordinator import subjects
 from coordinator.bus import Bus
 from coordinator.connection import ApiError
 from coordinator.embedded import EmbeddedServices
+
+# Imported here and early: its pytest plugin would import it in mid-run, from deep inside a hook. Deadlines measure the machine, not us.
+hypothesis.settings.register_profile("tokenmill", deadline=None)
+hypothesis.settings.load_profile("tokenmill")
 
 NATS_IMAGE, VALKEY_IMAGE = "nats:2.12-alpine", "valkey/valkey:8-alpine"
 STREAMS = (subjects.JOBS, subjects.HANDOFF, subjects.OUT, subjects.RESULTS, subjects.DLQ, subjects.ROSTER)

@@ -3,9 +3,9 @@
 import enum
 from dataclasses import dataclass, field, replace
 
+from coordinator.detokenizer import IncrementalDetokenizer
 from coordinator.fold import Shown
 from coordinator.messages import FinalRecord, Finish, Job, TokenRun
-from coordinator.detokenizer import IncrementalDetokenizer
 from coordinator.stop_strings import StopStringMatcher
 from coordinator.tokenizer import Tokenizer
 
@@ -75,8 +75,8 @@ class ActiveJob:
     def end(self, owner: str, reason: str, error: str = "") -> None:
         """End the job without another token: cancelled, expired or failed. Text still held back stays unseen."""
         self.finish = Finish(reason=reason, prompt_tokens=len(self.prompt_ids), cached_tokens=self.cached_tokens, error=error)  # type: ignore[arg-type]
-        self._take(owner, TokenRun(job_id=self.job.job_id, epoch=self.epoch, first_index=self.num_output, token_ids=(), logprobs=(), texts=(),
-                                   finish=self.finish))
+        self._take(owner, TokenRun(job_id=self.job.job_id, epoch=self.epoch, first_index=self.num_output, token_ids=(), logprobs=(),
+                                   texts=(), finish=self.finish))
 
     def _take(self, owner: str, run: TokenRun) -> None:
         taken = self.shown.add(owner, run)
@@ -106,5 +106,5 @@ def open_job(tokenizer: Tokenizer, job: Job, *, epoch: int, ack_subject: str, ch
     matcher = StopStringMatcher(params.stop_strings)
     for token_id in shown.token_ids:
         matcher.feed(detokenizer.add(token_id))
-    return ActiveJob(job=job, key=f"{job.job_id}:{epoch}", epoch=epoch, ack_subject=ack_subject, chains=chains, prompt_ids=prompt_ids, shown=shown,
-                     detokenizer=detokenizer, matcher=matcher, num_stored=len(shown.token_ids))
+    return ActiveJob(job=job, key=f"{job.job_id}:{epoch}", epoch=epoch, ack_subject=ack_subject, chains=chains, prompt_ids=prompt_ids,
+                     shown=shown, detokenizer=detokenizer, matcher=matcher, num_stored=len(shown.token_ids))

@@ -30,7 +30,7 @@ class EngineLink:
     async def start(cls, settings: EngineSettings) -> "EngineLink":
         ours, theirs = socket.socketpair()
         argv = [sys.executable, "-m", "workers.engine", "--fd", str(theirs.fileno()), "--settings", json.dumps(asdict(settings))]
-        process = subprocess.Popen(argv, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=os.environ)
+        process = await asyncio.to_thread(subprocess.Popen, argv, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=os.environ)
         theirs.close()
         return cls(process, await AsyncChannel.open(ours))
 
@@ -49,7 +49,7 @@ class EngineLink:
             self.send(Shutdown())
         try:
             await asyncio.wait_for(asyncio.to_thread(self.process.wait), SHUTDOWN_GRACE_S)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             log.warning("engine %d did not stop in %g s: killed", self.process.pid, SHUTDOWN_GRACE_S)
             self.process.kill()
         await self._channel.close()

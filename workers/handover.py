@@ -254,13 +254,16 @@ class Taker:
             source=PoolAddress(address=source.address, num_pages=source.num_pages)))
         imported = await arrived
         question = {"job_id": active.job.job_id, "epoch": handle.epoch, "generation": handle.generation}
-        if not imported.ok or not await self._confirm(source, question):
-            # The pages are gone, or the giver is: its lease lapses and the job comes back through JOBS. The handle is worth nothing.
-            log.info("job %s: handle dropped: %s", active.job.job_id, imported.error or "not confirmed by its source")
-            self._jobs.forget(active)
-            await delivery.ack()
-            return
         giver = owner_name(source.worker, source.incarnation)
+        is_confirmed = await self._confirm(source, question) if imported.ok else None
+        if not is_confirmed:
+            log.info("job %s: handle not used: %s", active.job.job_id, imported.error or "not confirmed by its source")
+            self._jobs.forget(active)
+            if is_confirmed is False or await self._is_void(handle, active.job.job_id, giver):
+                await delivery.ack()
+            else:  # nobody said that the pages are gone: the broker may have been away, or the giver slow
+                await delivery.nak(RETRY_DELAY_S)
+            return
         taken, was_cancelled = await self._take(active.job.job_id, handle.epoch, giver)
         if not taken:
             self._jobs.forget(active)
@@ -283,10 +286,16 @@ class Taker:
                 log.warning("job %s: not taken yet: %s", job_id, error)
                 await asyncio.sleep(RETRY_DELAY_S)
 
-    async def _confirm(self, source: KVSource, question: dict[str, object]) -> bool:
+    async def _is_void(self, handle: KVHandle, job_id: str, giver: str) -> bool:
+        """Whether nobody can ever take this handle: its job has another owner or epoch by now. Raises Unavailable."""
+        record = await self._store.job(job_id)
+        return (record.get("state"), record.get("owner"), record.get("epoch")) != ("owned", giver, str(handle.epoch))
+
+    async def _confirm(self, source: KVSource, question: dict[str, object]) -> bool | None:
+        """Whether the pages still stand; None if the giver did not answer."""
         try:
             reply = await self._bus.request(subjects.kv(source.worker, source.incarnation), encode_map({"op": "confirm", **question}),
                                             CONFIRM_TIMEOUT_S)
             return decode_map(reply).get("ok") is True
         except (Unavailable, MalformedMessage):
-            return False
+            return None

@@ -35,4 +35,5 @@ class LoadProgress:
             self._bar.stop()
         if kind is None and self._total:
             seconds = time.monotonic() - self._started_at
-            print(f"loaded {self._what}: {self._total / 1e9:.2f} GB in {seconds:.1f} s ({self._total / 1e9 / seconds:.2f} GB/s)", file=sys.stderr)
+            rate = self._total / 1e9 / seconds
+            print(f"loaded {self._what}: {self._total / 1e9:.2f} GB in {seconds:.1f} s ({rate:.2f} GB/s)", file=sys.stderr)

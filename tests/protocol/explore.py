@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.protocol.model import (  # noqa: E402
+from tests.protocol.model import (
     SWITCHES,
     Faults,
     Setting,
@@ -46,6 +46,9 @@ class Report:
         if not self.problem:
             return f"{self.num_states} states in {self.seconds:.1f} s: every rule holds; {self.num_clean} of them finished and clean"
         return f"{self.problem} (after {self.num_states} states, {self.seconds:.1f} s)\n  " + "\n  ".join(self.path)
+
+
+WORK = ("work", "late")
 
 
 class TooLarge(Exception):
@@ -85,13 +88,13 @@ def _explore(setting: Setting, max_states: int, first: State) -> Report:
     number: dict[State, int] = {first: 0}
     states: list[State] = [first]
     parents = array("l", [-1])
-    edges: list[array[int]] = []            # by work alone, backwards: who leads here
-    edges.append(array("l"))
+    edges: list[array[int]] = [array("l")]  # by work alone, backwards: who leads here
     clean: list[int] = []
     resting: list[int] = []                 # nothing but faults can happen
 
-    def report(problem: str = "", at: int = -1, last: str = "") -> Report:
-        return Report(len(states), len(clean), time.perf_counter() - began, problem, path_to(setting, states, parents, at, last) if problem else ())
+    def report(problem: str = "", at: int = -1) -> Report:
+        path = path_to(setting, states, parents, at) if problem else ()
+        return Report(len(states), len(clean), time.perf_counter() - began, problem, path)
 
     at = 0
     while at < len(states):
@@ -100,7 +103,8 @@ def _explore(setting: Setting, max_states: int, first: State) -> Report:
             clean.append(at)
         is_resting = True
         for step in steps(setting, state):
-            if step.kind == "work":
+            is_work = step.kind in WORK
+            if is_work:
                 is_resting = False
             found = number.get(step.state)
             if found is None:
@@ -112,7 +116,7 @@ def _explore(setting: Setting, max_states: int, first: State) -> Report:
                     return report(problem, found)
                 if found > max_states:
                     raise TooLarge(f"more than {max_states} states")
-            if step.kind == "work":
+            if is_work:
                 edges[found].append(at)
         if is_resting:
             resting.append(at)
@@ -141,8 +145,8 @@ def reaching(goals: list[int], edges: "list[array[int]]") -> bytearray:
     return reached
 
 
-def path_to(setting: Setting, states: list[State], parents: "array[int]", at: int, last: str = "") -> tuple[str, ...]:
-    names = [last] if last else []
+def path_to(setting: Setting, states: list[State], parents: "array[int]", at: int) -> tuple[str, ...]:
+    names = []
     while (parent := parents[at]) >= 0:
         names.append(next(step.name for step in steps(setting, states[parent]) if step.state == states[at]))
         at = parent
@@ -158,25 +162,29 @@ def walk(setting: Setting, pick: Callable[[int], int], num_steps: int = 400, fau
     state, names = start(setting), []
     for count in range(num_steps * 10):
         options = list(steps(setting, state))
-        work = [step for step in options if step.kind == "work"]
-        others = [step for step in options if step.kind != "work"] if count < num_steps else []
-        if not work and not others:
+        if count >= num_steps:
+            options = [step for step in options if step.kind in WORK]
+        if not options or (count >= num_steps and is_clean(setting, state)):
             break
-        step = choose(work, others, pick, fault_share)
+        step = choose(options, pick, fault_share)
         state = step.state
         names.append(step.name)
         if (problem := wrong(setting, state)):
             return Report(len(names), 0, time.perf_counter() - began, problem, tuple(names))
-        if count >= num_steps and is_clean(setting, state):
-            break
     if has_fresh_worker(setting, state) and not is_clean(setting, state):
         return Report(len(names), 0, time.perf_counter() - began, f"never finished: {state}", tuple(names))
     return Report(len(names), int(is_clean(setting, state)), time.perf_counter() - began)
 
 
-def choose(work: list[Step], others: list[Step], pick: Callable[[int], int], fault_share: float) -> Step:
-    if others and (not work or pick(1000) < fault_share * 1000):
+def choose(options: list[Step], pick: Callable[[int], int], fault_share: float) -> Step:
+    """A step by the kind of its time: what only happens after some waiting comes seldom while something else can happen."""
+    work = [step for step in options if step.kind == "work"]
+    late = [step for step in options if step.kind == "late"]
+    others = [step for step in options if step.kind not in WORK]
+    if others and ((not work and not late) or pick(1000) < fault_share * 1000):
         return others[pick(len(others))]
+    if late and (not work or pick(10) == 0):
+        return late[pick(len(late))]
     return work[pick(len(work))]
 
 

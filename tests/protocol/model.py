@@ -14,7 +14,7 @@ own: it looks like a publish before the death. A pause of any length is a worker
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SWITCHES = {
     "no_fence": "the new owner does not fence",
@@ -65,6 +65,9 @@ class Faults(NamedTuple):
     give: int = 0
 
 
+NO_FAULTS = Faults()
+
+
 @dataclass(frozen=True)
 class Setting:
     """What is explored. `origins[j]` is the producer of job j: jobs of one origin share each worker's chain."""
@@ -72,7 +75,7 @@ class Setting:
     workers: int = 2                       # incarnations, successors included
     jobs: int = 1
     tokens: int = 2                        # per job
-    faults: Faults = Faults()
+    faults: Faults = NO_FAULTS
     origins: tuple[int, ...] = ()
     joins: bool = False                    # workers start unregistered; else all are registered and announced
     decoders: int = 0                      # the last so many workers take handles and never pull jobs
@@ -95,7 +98,7 @@ class Local(NamedTuple):
 
     pc: str = "idle"
     epoch: int = 0
-    index: int = 0                          # next token
+    next_token: int = 0
     chains: frozenset[int] = frozenset()    # owners whose chains may hold frames of the job
     unfenced: frozenset[int] = frozenset()  # to be fenced before reading
     giver: int = -1                         # of the handle being imported
@@ -140,7 +143,7 @@ class Redis(NamedTuple):
 class Handle(NamedTuple):
     epoch: int
     owner: int
-    index: int
+    next_token: int
     chains: frozenset[int]
     generation: int
     holder: int = -1              # who pulled it; -1: queued
@@ -148,7 +151,7 @@ class Handle(NamedTuple):
 
 class Job(NamedTuple):
     message: str = "queued"       # queued flight gone
-    result: tuple[object, ...] | None = None
+    result: tuple[int | str, ...] | None = None
     is_cancelled: bool = False
     is_young: bool = True         # submitted in this era
     top: int = 0                  # highest epoch ever given: what the clock in an epoch stands for
@@ -156,7 +159,7 @@ class Job(NamedTuple):
 
 
 class Chain(NamedTuple):
-    frames: tuple[tuple[int, object], ...] = ()   # (job, token index or reason)
+    frames: tuple[tuple[int, int | str], ...] = ()   # (job, token index or reason)
     is_sealed: bool = False
 
 
@@ -174,7 +177,7 @@ class State(NamedTuple):
 
 
 class Step(NamedTuple):
-    """`kind`: work (has to happen in the end), choice (may never happen), fault."""
+    """`kind`: work (happens in the end), late (too, but only after some waiting), choice (may never happen), fault."""
 
     name: str
     state: State
@@ -196,7 +199,7 @@ def start(setting: Setting) -> State:
 
 # ---- reading and changing states ----
 
-def put(items: tuple, i: int, value: object) -> tuple:
+def put(items: tuple[Any, ...], i: int, value: Any) -> tuple[Any, ...]:
     return (*items[:i], value, *items[i + 1:])
 
 
@@ -211,7 +214,7 @@ def with_local(s: State, w: int, j: int, local: Local) -> State:
     return with_slot(s, w, Slot(slot.life, False, put(slot.local, j, local), slot.pin, slot.generations))
 
 
-def with_job(s: State, j: int, **change: object) -> State:
+def with_job(s: State, j: int, **change: Any) -> State:
     return State(s.slots, put(s.jobs, j, s.jobs[j]._replace(**change)), *s[2:])
 
 
@@ -251,15 +254,19 @@ def next_epoch(m: Setting, s: State, j: int) -> int:
     return s.jobs[j].top + 1
 
 
-def frames_of(m: Setting, s: State, j: int, owners: frozenset[int] | None = None) -> tuple[list[int], list[object]]:
+def frames_of(m: Setting, s: State, j: int, owners: frozenset[int] | None = None) -> tuple[list[int], list[str]]:
     """(token indices in order, reasons of last frames) of a job on these owners' chains; None: on all."""
-    tokens, ends = [], []
+    tokens: list[int] = []
+    ends: list[str] = []
     for w, per_origin in enumerate(s.chains):
         if owners is None or w in owners:
             for job, what in per_origin[m.origin(j)].frames:
                 if job == j:
-                    (tokens if isinstance(what, int) else ends).append(what)
-    return sorted(tokens), ends  # type: ignore[type-var]
+                    if isinstance(what, int):
+                        tokens.append(what)
+                    else:
+                        ends.append(what)
+    return sorted(tokens), ends
 
 
 def end(s: State, w: int) -> State:
@@ -267,7 +274,7 @@ def end(s: State, w: int) -> State:
     return with_slot(s, w, Slot("gone", False, (IDLE,) * len(s.slots[w].local)))
 
 
-def emit(m: Setting, s: State, w: int, j: int, what: object, after: Local) -> State:
+def emit(m: Setting, s: State, w: int, j: int, what: int | str, after: Local) -> State:
     """One compare-and-set publish on the worker's chain. A tombstone there ends the incarnation, which registers anew."""
     chain = s.chains[w][m.origin(j)]
     if chain.is_sealed:
@@ -310,14 +317,14 @@ def environment(m: Setting, s: State) -> Iterator[Step]:
         if job.message == "flight":
             is_beaten = any(lives(s, w) and slot.life == "up" and slot.local[j].pc in HOLDING for w, slot in enumerate(s.slots))
             if not is_beaten:
-                yield Step(f"redeliver job {j}", with_job(s, j, message="queued"))
+                yield Step(f"redeliver job {j}", with_job(s, j, message="queued"), "late")
             elif left.redeliver:
                 yield Step(f"redeliver job {j} too early", with_job(spend(s, "redeliver"), j, message="queued"), "fault")
         for i, handle in enumerate(job.handles):
             if handle.holder >= 0:
                 back = with_job(s, j, handles=put(job.handles, i, handle._replace(holder=-1)))
                 if s.slots[handle.holder].life == "gone":
-                    yield Step(f"redeliver handle of {j}", back)
+                    yield Step(f"redeliver handle of {j}", back, "late")
                 elif left.redeliver:
                     yield Step(f"redeliver handle of {j} too early", spend(back, "redeliver"), "fault")
         if left.cancel and not job.is_cancelled and job.result is None:
@@ -350,7 +357,7 @@ def redis_losses(m: Setting, s: State) -> Iterator[Step]:
         late = [w for w, slot in enumerate(s.slots) if slot.life not in ("new", "gone") and s.redis.leases[w] == "none"]
         over = s._replace(redis=s.redis._replace(grace=False), guilty=s.guilty | set(late))
         if not late:
-            yield Step("grace is over", over)
+            yield Step("grace is over", over, "late")
         elif s.left.lapse:
             yield Step(f"grace is over without {late}", spend(over, "lapse"), "fault")
 
@@ -402,8 +409,9 @@ def assert_again(m: Setting, s: State, w: int) -> State:
             s = assert_job(m, s, w, j, local)
         elif local.pc in DROPPED:
             s = with_local(s, w, j, IDLE)
-            if s.slots[w].pin and s.slots[w].pin[0] == j:
-                s = with_slot(s, w, s.slots[w]._replace(pin=None))
+            slot = s.slots[w]
+            if slot.pin and slot.pin[0] == j:
+                s = with_slot(s, w, slot._replace(pin=None))
     return s
 
 
@@ -430,7 +438,7 @@ def pull(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
         if h.holder < 0:
             held = with_job(s, j, handles=put(job.handles, i, h._replace(holder=w)))
             yield Step(f"{w} pulls a handle of {j}",
-                       with_local(held, w, j, Local("copy", h.epoch, h.index, h.chains, giver=h.owner, generation=h.generation)))
+                       with_local(held, w, j, Local("copy", h.epoch, h.next_token, h.chains, giver=h.owner, generation=h.generation)))
 
 
 def drop_handle(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
@@ -454,17 +462,17 @@ def claim(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
         yield Step(f"{w} cancels {j}", with_local(with_job(s, j, result=(*tokens, "cancelled")), w, j, Local("finish")))
     if not lives(s, w):
         return
-    is_owned = record is not None and record.owner >= 0
-    if is_owned and record.owner != w and lives(s, record.owner):
+    owner = record.owner if record else -1
+    if owner not in (-1, w) and lives(s, owner):
         yield Step(f"{w} ignores a copy of {j}", with_local(s, w, j, IDLE))
         return
     sweeps = not (record.is_swept if record else job.is_young)
-    if s.redis.grace and "no_grace" not in m.broken and (sweeps or (is_owned and record.owner != w)):
+    if s.redis.grace and "no_grace" not in m.broken and (sweeps or owner not in (-1, w)):
         return
-    if sweeps and "no_roster" not in m.broken:
-        if local.roster is None or (local.roster[0] != s.era and "stale_roster" not in m.broken):
-            yield Step(f"{w} reads the roster for {j}", with_local(s, w, j, local._replace(roster=(s.era, s.roster))))
-            return
+    has_roster = local.roster is not None and (local.roster[0] == s.era or "stale_roster" in m.broken)
+    if sweeps and not has_roster and "no_roster" not in m.broken:
+        yield Step(f"{w} reads the roster for {j}", with_local(s, w, j, local._replace(roster=(s.era, s.roster))))
+        return
     granted = grant(m, s, w, j, record, local.roster[1] if sweeps and local.roster else frozenset())
     now = known(granted, j)
     assert now
@@ -509,8 +517,8 @@ def fence(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
         yield Step(f"{w} fences {o} for {j}", with_local(t, w, j, local._replace(unfenced=local.unfenced - {o})))
     if not local.unfenced:
         tokens, ends = frames_of(m, s, j, local.chains)
-        index = local.index if "read_first" in m.broken and not ends else len(tokens)
-        after = local._replace(pc="fold" if ends else "work", index=index)
+        index = local.next_token if "read_first" in m.broken and not ends else len(tokens)
+        after = local._replace(pc="fold" if ends else "work", next_token=index)
         yield Step(f"{w} reads {len(tokens)} of {j}", with_local(s, w, j, after))
 
 
@@ -518,8 +526,8 @@ def work(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
     job, local, slot = s.jobs[j], s.slots[w].local[j], s.slots[w]
     if "ack_early" in m.broken and job.message != "gone":
         yield Step(f"{w} acks {j} early", with_job(s, j, message="gone"))
-    if local.index < m.tokens:
-        yield Step(f"{w} emits {local.index} of {j}", emit(m, s, w, j, local.index, local._replace(index=local.index + 1)))
+    if local.next_token < m.tokens:
+        yield Step(f"{w} emits {local.next_token} of {j}", emit(m, s, w, j, local.next_token, local._replace(next_token=local.next_token + 1)))
     else:
         yield Step(f"{w} emits the last frame of {j}", emit(m, s, w, j, "stop", local._replace(pc="fold")))
     if job.is_cancelled:
@@ -530,11 +538,12 @@ def work(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
         record = known(s, j)
         assert record
         after = local._replace(pc="leaking") if "give_up_in_flight" in m.broken else IDLE
-        yield Step(f"{w} gives {j} up", with_local(with_record(spend(s, "give"), j, record._replace(state="queued", owner=-1)), w, j, after), "choice")
-    early = local.index == 0 and "offer_before_ack" in m.broken
-    if (0 < local.index < m.tokens or early) and slot.pin is None and (not local.flag or "take_unswept" in m.broken):
+        queued = with_record(spend(s, "give"), j, record._replace(state="queued", owner=-1))
+        yield Step(f"{w} gives {j} up", with_local(queued, w, j, after), "choice")
+    early = local.next_token == 0 and "offer_before_ack" in m.broken
+    if (0 < local.next_token < m.tokens or early) and slot.pin is None and (not local.flag or "take_unswept" in m.broken):
         generation = slot.generations + 1
-        index = local.index + 1 if early else local.index
+        index = local.next_token + 1 if early else local.next_token
         t = with_local(spend(s, "give"), w, j, local._replace(pc="offered", generation=generation, flag=early))
         t = with_slot(t, w, t.slots[w]._replace(pin=(j, generation), generations=generation))
         handle = Handle(local.epoch, w, index, local.chains, generation)
@@ -543,13 +552,14 @@ def work(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
 
 def leak(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
     local = s.slots[w].local[j]
-    yield Step(f"{w}'s late frame of {j} is stored", emit(m, s, w, j, local.index if local.index < m.tokens else "stop", IDLE))
+    yield Step(f"{w}'s late frame of {j} is stored", emit(m, s, w, j, local.next_token if local.next_token < m.tokens else "stop", IDLE))
 
 
 def offered(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
     local, slot = s.slots[w].local[j], s.slots[w]
     if local.flag:
-        yield Step(f"{w} emits {local.index} of {j} after all", emit(m, s, w, j, local.index, local._replace(index=local.index + 1, flag=False)))
+        after = local._replace(next_token=local.next_token + 1, flag=False)
+        yield Step(f"{w} emits {local.next_token} of {j} after all", emit(m, s, w, j, local.next_token, after))
     if "cancel_while_offered" in m.broken and s.jobs[j].is_cancelled:
         yield Step(f"{w} emits cancelled for {j}", emit(m, s, w, j, "cancelled", local._replace(pc="fold")))
     unpinned = slot._replace(pin=None) if slot.pin and slot.pin[0] == j else slot
@@ -562,7 +572,7 @@ def offered(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
     elif record and record.is_swept:
         epoch = local.epoch if "take_back_same_epoch" in m.broken else local.epoch + 1
         t = with_job(with_record(t, j, record._replace(epoch=epoch)), j, top=max(epoch, s.jobs[j].top))
-        yield Step(f"{w} takes {j} back", with_local(t, w, j, local._replace(pc="work", epoch=epoch, generation=0)))
+        yield Step(f"{w} takes {j} back", with_local(t, w, j, local._replace(pc="work", epoch=epoch, generation=0)), "late")
 
 
 def copy(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
@@ -570,23 +580,21 @@ def copy(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
     local = s.slots[w].local[j]
     giver = s.slots[local.giver]
     stands = giver.life == "up" and giver.pin == (j, local.generation)
-    if "confirm_before_copy" in m.broken:
-        order = {"copy": "confirm", "copied": "copy"}
-    else:
-        order = {"copy": "copy", "copied": "confirm"}
+    order = {"copy": "confirm", "copied": "copy"} if "confirm_before_copy" in m.broken else {"copy": "copy", "copied": "confirm"}
     if order[local.pc] == "copy":
         yield Step(f"{w} has copied {j}", with_local(s, w, j, local._replace(pc="copied" if local.pc == "copy" else "sure", flag=stands)))
         return
     said_yes = stands or "no_confirm" in m.broken or ("no_generation" in m.broken and giver.life == "up" and giver.pin is not None)
     if said_yes:
-        yield Step(f"{w} is told that the pin of {j} stands", with_local(s, w, j, local._replace(pc="copied" if local.pc == "copy" else "sure")))
+        after = local._replace(pc="copied" if local.pc == "copy" else "sure")
+        yield Step(f"{w} is told that the pin of {j} stands", with_local(s, w, j, after))
     else:
         yield Step(f"{w} is told that the pin of {j} is gone", with_local(s, w, j, IDLE))
 
 
 def take(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
     local, record = s.slots[w].local[j], known(s, j)
-    mine = Local("work", local.epoch + 1, local.index, local.chains | {w})
+    mine = Local("work", local.epoch + 1, local.next_token, local.chains | {w})
     flaw = "" if local.flag else f"{w} decodes job {j} from pages that were not its own"
     if record and record.state == "owned" and record.owner == w and record.epoch == local.epoch + 1:
         yield Step(f"{w} takes {j} (again)", with_local(s, w, j, mine)._replace(flaw=flaw))

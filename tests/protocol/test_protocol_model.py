@@ -10,7 +10,7 @@ import pytest
 from hypothesis import note, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.protocol.explore import explore, walk
+from tests.protocol.explore import WORK, explore, walk
 from tests.protocol.model import SWITCHES, Faults, Setting, State, has_fresh_worker, is_clean, start, steps, wrong
 
 # ---- every state of small settings ----
@@ -152,7 +152,7 @@ class Farm(RuleBasedStateMachine):
     @rule(picks=st.lists(st.integers(0, 199), min_size=1, max_size=6))
     def work_goes_on(self, picks: list[int]) -> None:
         for pick in picks:
-            self.take(("work",), pick)
+            self.take(WORK, pick)
 
     @precondition(lambda self: any(self.state.left))
     @rule(pick=st.integers(0, 199))
@@ -171,7 +171,7 @@ class Farm(RuleBasedStateMachine):
         for pick in range(5000):
             if is_clean(self.setting, self.state):
                 return
-            self.take(("work",), pick * 7919 // 13)
+            self.take(WORK, pick * 7919 // 13)
             assert wrong(self.setting, self.state) == ""
         assert not has_fresh_worker(self.setting, self.state), f"never finished: {self.state}"
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import httpx
 
+from coordinator.bus import Bus
 from coordinator.embedded import EmbeddedServices
+from coordinator.farm_access import FarmAccess
 from coordinator.status import collect
 from coordinator.store import Store
 from coordinator.subjects import model_token
@@ -132,7 +134,12 @@ class Farm:
         return "\n".join(f"--- {p.name}\n{p.log[-2500:]}" for p in self.processes.values())
 
     async def status(self, model: str = "") -> dict[str, Any]:
-        return await collect(self.services.nats_url, self.services.redis_url, model_token(model or self.model))
+        store = Store(self.services.redis_url)
+        try:
+            async with await Bus.connect(self.services.nats_url, "status") as bus:
+                return await collect(FarmAccess(bus, store, model_token(model or self.model)))
+        finally:
+            await store.close()
 
     async def wait_at_rest(self, timeout_s: float = 30.0, model: str = "") -> dict[str, Any]:
         """Until nothing is held anywhere: pages, pins, claims, unacknowledged messages, jobs. Fails with what still is."""

@@ -17,7 +17,8 @@ from tests.system.farm import Farm
 
 pytestmark = [pytest.mark.system, pytest.mark.services]
 
-PROMPTS = [[7, 11, 13], list(range(20, 90)), [300] * 33, list(range(5, 200)), [400, 3, 3, 9], list(range(100, 116)), [50], list(range(9, 140, 2))]
+PROMPTS = [[7, 11, 13], list(range(20, 90)), [300] * 33, list(range(5, 200)), [400, 3, 3, 9], list(range(100, 116)), [50],
+           list(range(9, 140, 2))]
 NEW_TOKENS = 64
 
 

@@ -24,7 +24,8 @@ GARBAGE = [b"", b"\x00", b"not msgpack", msgpack.packb({"v": 9}), msgpack.packb(
 
 async def assert_answers(farm: Farm) -> None:
     async with httpx.AsyncClient(timeout=60) as client:
-        reply = await client.post(f"{farm.url(PD)}/generate", json={"inputs": [1, 2], "parameters": {"max_new_tokens": 3, "ignore_eos": True}})
+        body = {"inputs": [1, 2], "parameters": {"max_new_tokens": 3, "ignore_eos": True}}
+        reply = await client.post(f"{farm.url(PD)}/generate", json=body)
     assert reply.status_code == 200 and reply.json()["count_output_tokens"] == 3
 
 

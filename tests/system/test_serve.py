@@ -45,7 +45,8 @@ def wait_gone(pids: list[int], timeout_s: float = 20.0) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "sigkill"])
 def test_whatever_ends_the_farm_no_process_and_no_port_stays(tmp_path: Path, tiny_v3: Path, number: signal.Signals) -> None:
-    process, log = serve(tmp_path, "--model-dir", str(tiny_v3), "--port=0", "--state_dir", str(tmp_path / "s"), "--max_total_token_num", "4096")
+    process, log = serve(tmp_path, "--model-dir", str(tiny_v3), "--port=0", "--state_dir", str(tmp_path / "s"),
+                         "--max_total_token_num", "4096")
     url = wait_url(process, log)
     body = {"inputs": [5, 6], "parameters": {"max_new_tokens": 17, "frequency_penalty": 1, "ignore_eos": True}}
     reply = httpx.post(f"{url}/generate", json=body, timeout=60)
@@ -105,9 +106,11 @@ def test_three_processes_as_in_the_guide_answer_together(tmp_path: Path, tiny_v3
         while httpx.get(f"{url}/readiness").status_code != 200:
             assert time.monotonic() < give_up_at, [(tmp_path / role / "serve.log").read_text() for role in ("prefill", "decode")]
             time.sleep(0.1)
-        reply = httpx.post(f"{url}/generate", json={"inputs": [1, 2, 3], "parameters": {"max_new_tokens": 9, "ignore_eos": True}}, timeout=60)
+        body = {"inputs": [1, 2, 3], "parameters": {"max_new_tokens": 9, "ignore_eos": True}}
+        reply = httpx.post(f"{url}/generate", json=body, timeout=60)
         assert reply.json()["count_output_tokens"] == 9
-        status = subprocess.run([sys.executable, "-m", "tokenmill", "status", "--url", url, "--json"], cwd=ROOT, capture_output=True, text=True)
+        asked = [sys.executable, "-m", "tokenmill", "status", "--url", url, "--json"]
+        status = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
         assert '"role": "prefill"' in status.stdout and '"role": "decode"' in status.stdout
     finally:
         for process in reversed(started):
