@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--running_max_req_size", type=int, default=0, help="sequences running at once (default: 64 on CPU)")
     add("--chunked_prefill_size", type=int, default=0, help="tokens of one prefill step (default: 512 on CPU)")
     add("--page_size", type=int, default=0, help="tokens of one KV page (default: 16 on CPU)")
-    add("--num_threads", type=int, default=0, help="CPU threads for the math of one worker (default: all cores)")
+    add("--num_threads", type=int, default=0, help="CPU threads of one worker (default: all cores for prompts, one less for decode)")
     add("--disable_dynamic_prompt_cache", action="store_true", help="no prefix cache")
     add("--disable_cudagraph", action="store_true", help="decode without CUDA graphs (there are none on CPU)")
     add("--tp", type=int, default=1, help="ranks of the group (this version: 1)")

@@ -204,7 +204,11 @@ def _eos_token_ids(folder: Path, model_config: dict[str, Any], backend: Backend,
             return tuple(int(i) for i in given) if isinstance(given, list) else (int(given),)
     if "eos_token" not in special:
         return ()
-    found = fast.token_to_id(special["eos_token"]) if fast is not None else getattr(backend, "slow").eos_token_id
+    if fast is not None:
+        found = fast.token_to_id(special["eos_token"])
+    else:
+        assert isinstance(backend, _SlowBackend)
+        found = backend.slow.eos_token_id
     return () if found is None else (int(found),)
 
 

@@ -29,6 +29,7 @@ from coordinator.errors import ConfigError, InvalidField, LayoutMismatch, PagesE
 from coordinator.messages import KVLayout
 from coordinator.sampling import SamplingParams
 from workers.channel import BlockingChannel
+from workers.cpu_threads import CpuThreads
 from workers.engine_messages import (
     Activate,
     AddSequence,
@@ -79,13 +80,14 @@ class Engine:
     """A loaded model and its sequences. `run` returns after Shutdown."""
 
     def __init__(self, runner: ModelRunner, scheduler: Scheduler, limits: Limits, layout: KVLayout, inbox: Inbox,
-                 send: Callable[[Event], None], *, is_checked: bool = False) -> None:
+                 send: Callable[[Event], None], threads: CpuThreads, *, is_checked: bool = False) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._limits = limits
         self._layout = layout
         self._inbox = inbox
         self._send = send
+        self._threads = threads
         self._sampler = Sampler(sorted(eos for eos in scheduler.settings.eos_ids if eos < limits.vocab_size))
         self._copier = PageCopier(runner.kv_cache, lambda copy, error: inbox.put(CopyDone(copy, error)))
         self._last_stats: Stats | None = None
@@ -156,6 +158,7 @@ class Engine:
     def _run_step(self, step: Step) -> list[Event]:
         if not step.chunks:
             return []
+        self._threads.choose(sum(step.chunks.values()))
         logits = self._runner.forward(self._scheduler.batch(step))
         token_ids, logprobs = self._sampler.sample(logits, step.sampled)
         events = self._scheduler.complete(step, token_ids, logprobs)
@@ -182,8 +185,7 @@ class Engine:
 
 def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None], *, is_checked: bool = False) -> Engine:
     """Choose sizes, read the weights, warm up, say Ready. Raises ConfigError."""
-    if settings.num_threads:
-        torch.set_num_threads(settings.num_threads)
+    threads = CpuThreads(settings.num_threads)
     config = ModelConfig.from_dir(Path(settings.model_dir))
     sizes = choose_sizes(settings, config)
     runner = ModelRunner(Path(settings.model_dir), settings.device, sizes.dtype, sizes.num_pages, sizes.page_size, settings.load_workers,
@@ -194,7 +196,7 @@ def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None], 
         max_batch_tokens=sizes.chunk_size + sizes.max_num_seqs, eos_ids=frozenset(config.eos_ids), prefix_cache=settings.use_prefix_cache))
     layout = runner.kv_cache.layout(settings.model_name)
     limits = Limits(vocab_size=config.vocab_size, max_seq_len=sizes.max_seq_len, prefill_only=settings.role == "prefill")
-    engine = Engine(runner, scheduler, limits, layout, inbox, send, is_checked=is_checked)
+    engine = Engine(runner, scheduler, limits, layout, inbox, send, threads, is_checked=is_checked)
     engine.warm_up()
     gc.collect()
     gc.freeze()  # the model's objects live for good: later collections need not look at them

@@ -19,7 +19,7 @@ class EngineSettings:
     running_max_req_size: int = 0    # sequences running at once
     chunked_prefill_size: int = 0    # tokens of one prefill step
     load_workers: int = 1
-    num_threads: int = 0             # CPU threads for the math
+    num_threads: int = 0             # CPU threads for the math of any step
     use_prefix_cache: bool = True
 
 

@@ -6,6 +6,7 @@ Token i of a job is a function of its id, so that a test can tell what a client 
 import asyncio
 import zlib
 from collections.abc import Awaitable, Callable
+from itertools import product
 from typing import Self
 
 from coordinator import subjects
@@ -77,8 +78,8 @@ class FakeWorker:
             await self.bus.put_result(shown.record(job))
 
     async def _pull(self) -> None:
-        for klass in CLASSES:
-            self._puller.want(subjects.jobs_consumer(self.model, klass), MAX_HELD)
+        for klass, lane in product(CLASSES, subjects.job_lanes()):
+            self._puller.want(subjects.jobs_consumer(self.model, klass, lane), MAX_HELD)
         while True:
             delivery = await self._puller.next()
             task = asyncio.create_task(self._take(delivery))
