@@ -5,18 +5,23 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import IO
 
 ENV = "TOKENMILL_LIFELINE_FD"
 
 
-def spawn(module: str, args: Sequence[str]) -> tuple[subprocess.Popen[bytes], int]:
-    """Start `python -m module args` on a lifeline. Returns the process and the fd that keeps it alive: close it to end the child."""
+def spawn(module: str, args: Sequence[str], *, output: IO[bytes] | None = None,
+          environment: Mapping[str, str] = os.environ) -> tuple[subprocess.Popen[bytes], int]:
+    """Start `python -m module args` on a lifeline. Returns the process and the fd that keeps it alive: close it to end the child.
+
+    `output` takes what it prints (default: where ours goes).
+    """
     ours_read, ours_write = os.pipe()
     os.set_inheritable(ours_write, False)
     try:
-        process = subprocess.Popen([sys.executable, "-m", module, *args], stdin=subprocess.DEVNULL, pass_fds=[ours_read],
-                                   env={**os.environ, ENV: str(ours_read)}, start_new_session=True)
+        process = subprocess.Popen([sys.executable, "-m", module, *args], stdin=subprocess.DEVNULL, pass_fds=[ours_read], stdout=output,
+                                   stderr=output, env={**environment, ENV: str(ours_read)}, start_new_session=True)
     finally:
         os.close(ours_read)
     return process, ours_write

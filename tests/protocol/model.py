@@ -527,7 +527,8 @@ def work(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
     if "ack_early" in m.broken and job.message != "gone":
         yield Step(f"{w} acks {j} early", with_job(s, j, message="gone"))
     if local.next_token < m.tokens:
-        yield Step(f"{w} emits {local.next_token} of {j}", emit(m, s, w, j, local.next_token, local._replace(next_token=local.next_token + 1)))
+        after = local._replace(next_token=local.next_token + 1)
+        yield Step(f"{w} emits {local.next_token} of {j}", emit(m, s, w, j, local.next_token, after))
     else:
         yield Step(f"{w} emits the last frame of {j}", emit(m, s, w, j, "stop", local._replace(pc="fold")))
     if job.is_cancelled:

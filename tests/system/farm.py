@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from coordinator import lifeline
 from coordinator.bus import Bus
 from coordinator.embedded import EmbeddedServices
 from coordinator.farm_access import FarmAccess
@@ -32,14 +32,18 @@ class Process:
     def __init__(self, name: str, module: str, args: Sequence[str], log_dir: Path) -> None:
         self.name = name
         self.log_path = log_dir / f"{name}.log"
-        self._command = [sys.executable, "-m", module, *args]
+        self._module = module
+        self._args = args
+        self._lifeline = -1
         self.start()
 
     def start(self) -> None:
+        """The process ends with the test run, however that ends."""
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(self._command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
-                                            start_new_session=True)
+            self.process, self._lifeline = lifeline.spawn(self._module, self._args, output=log, environment=environment)
 
     @property
     def log(self) -> str:
