@@ -212,7 +212,8 @@ class Taker:
         former = self._jobs.get(job.job_id)
         if former is not None:
             if former.epoch > handle.epoch:
-                await delivery.ack()  # a second copy of what we have
+                if former.phase is not Phase.IMPORTING:  # else the first copy may yet have to go back
+                    await delivery.ack()
                 return
             self._jobs.forget(former)
         active = self._open(job, handle)
@@ -265,7 +266,9 @@ class Taker:
                 await delivery.nak(RETRY_DELAY_S)
             return
         taken, was_cancelled = await self._take(active.job.job_id, handle.epoch, giver)
-        if not taken:
+        if not taken or active.phase is not Phase.IMPORTING:
+            if taken:  # it was dropped here meanwhile (Redis had lost data): nobody would decode it
+                await self._jobs.until_available(lambda: self._jobs.put_back(active))
             self._jobs.forget(active)
             await delivery.ack()
             return

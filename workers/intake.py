@@ -56,7 +56,7 @@ class Intake:
             self._claiming.discard(job.job_id)
 
     async def _claim(self, job: Job, delivery: Delivery, refusal: str) -> None:
-        claim = await self._ask(job, delivery)
+        claim, num_asserts = await self._ask(job, delivery)
         if claim.state == "done":
             await delivery.ack()
         if claim.state != "granted":
@@ -68,6 +68,8 @@ class Intake:
                 await delivery.ack()
                 return
             shown = await self._resume(job, claim, delivery)
+        if self._jobs.num_asserts != num_asserts:
+            return  # Redis lost data after the claim, and this job was not among those asserted: ack_wait brings it back
         prompt_ids = list(job.prompt_ids) if job.prompt_ids is not None else self._tokenizer.encode(
             job.text or "", add_special_tokens=job.params.add_special_tokens)
         active = open_job(self._tokenizer, job, epoch=claim.epoch, ack_subject=delivery.ack_subject, chains=(*claim.chains, self._me.owner),
@@ -100,11 +102,15 @@ class Intake:
         self._jobs.add(active)
         self._jobs.end(active, "error", f"withdrawn: {reason}")
 
-    async def _ask(self, job: Job, delivery: Delivery) -> Claim:
-        """Claim until answered: a claim whose reply was lost may have made us the owner, and then nobody else would take the job up."""
+    async def _ask(self, job: Job, delivery: Delivery) -> tuple[Claim, int]:
+        """(claim, how often this worker had asserted its jobs before it).
+
+        Asked until answered: a claim whose reply was lost may have made us the owner, and then nobody else would take the job up.
+        """
         roster: list[str] = []
         era = ""
         while True:
+            num_asserts = self._jobs.num_asserts
             try:
                 claim = await self._store.claim(self._me.owner, job.job_id, ack=delivery.ack_subject, origin=job.origin, model=job.model,
                                                 stream_seq=delivery.stream_seq, roster=roster, roster_era=era)
@@ -119,7 +125,7 @@ class Intake:
                 await asyncio.sleep(WAIT_STEP_S)
                 continue
             if claim.state != "wait":
-                return claim
+                return claim, num_asserts
             await delivery.in_progress()
             await asyncio.sleep(min(claim.wait_s, WAIT_STEP_S))
 

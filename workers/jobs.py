@@ -47,6 +47,7 @@ class Jobs:
         self.on_change: Callable[[], None] = lambda: None
         self.emitter: Emitter
         self.num_finished = 0
+        self.num_asserts = 0        # a claim or take from before the last one is void
         self._bus = bus
         self._store = store
         self._engine = engine
@@ -75,6 +76,7 @@ class Jobs:
 
     def owned(self) -> list[OwnedJob]:
         """What to assert after Redis lost data: what we emit for or commit. The rest is dropped: somebody else may own it by now."""
+        self.num_asserts += 1
         for active in self.all():
             if active.phase in (Phase.OFFERED, Phase.IMPORTING):
                 self.forget(active)
