@@ -3,6 +3,7 @@
     TokenmillError
     ├── InvalidField          a job or a request says something that cannot be honoured (field, reason)
     ├── MalformedMessage      bytes from a wire that are not one of our messages
+    ├── UnknownJob            no job of this id is queued, running or remembered
     ├── QueueFull             the job's class is at its bound; retry later (retry_after_s)
     ├── PayloadTooLarge       a message or a body over its limit (size, limit)
     ├── Unavailable           NATS or Redis cannot be reached in time
@@ -29,6 +30,14 @@ class InvalidField(TokenmillError):
 
 class MalformedMessage(TokenmillError):
     """Bytes that do not decode to the message they should be."""
+
+
+class UnknownJob(TokenmillError):
+    """Nothing is known of a job: it never was, or its record has aged out."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"job {job_id} is not known")
+        self.job_id = job_id
 
 
 class QueueFull(TokenmillError):

@@ -84,6 +84,7 @@ def main(argv: list[str]) -> int:
 
 def serve(flags: argparse.Namespace) -> int:
     """Run until a signal; 0 when all children ended in order."""
+    lifeline.hold_on()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _raise_stop)
     with contextlib.ExitStack() as stack:
@@ -172,7 +173,9 @@ def _start_children(flags: argparse.Namespace, nats_url: str, redis_url: str, po
               "--max_req_total_len", str(flags.max_req_total_len), "--max_queued", str(flags.max_queued), "--log_level", flags.log_level]
     if flags.run_mode in ("normal", "pd_master"):
         children.append(Child("REST shim", "producers.rest", [
-            *common, "--host", flags.host, "--port", str(port), "--max_body_bytes", str(flags.max_body_bytes)]))
+            *common, "--host", flags.host, "--port", str(port), "--max_body_bytes", str(flags.max_body_bytes),
+            "--max_queued_tokens", str(flags.max_queued_tokens), "--max_tenant_jobs", str(flags.max_tenant_jobs),
+            "--max_tenant_tokens", str(flags.max_tenant_tokens)]))
     if flags.run_mode in ("normal", "prefill", "decode"):
         role = "both" if flags.run_mode == "normal" else flags.run_mode
         children.append(Child(f"{role} worker", "workers.worker", [*common, *_worker_args(flags, role)]))

@@ -83,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("limits and endings").add_argument
     add("--max_queued", type=int, default=10_000, help="jobs per class, waiting or running, before clients get 429 (default: %(default)s)")
+    add("--max_queued_tokens", type=int, default=8_000_000,
+        help="open tokens (prompt and max_new_tokens) per class before clients get 429; 0: no bound (default: %(default)s)")
+    add("--max_tenant_jobs", type=int, default=0, help="open jobs of one tenant (X-Tenant) before it gets 429 (default: no bound)")
+    add("--max_tenant_tokens", type=int, default=0, help="open tokens of one tenant before it gets 429 (default: no bound)")
     add("--max_body_bytes", type=int, default=4 * 1024 * 1024, help="of one REST request (default: %(default)s)")
     add("--drain_timeout", type=float, default=30.0, help="seconds a stopping worker may finish what it has (default: %(default)s)")
     add("--log_level", default="warning", choices=["debug", "info", "warning", "error"])

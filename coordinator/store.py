@@ -161,7 +161,8 @@ _TAKE = """
 local f = redis.call('HMGET', KEYS[3], 'owner', 'epoch', 'state', 'chains', 'cancelled', 'era', 'is_swept')
 if f[6] ~= era or f[3] ~= 'owned' then return {'void'} end
 if f[1] == ARGV[4] and tonumber(f[2]) == tonumber(ARGV[3]) + 1 then return {'taken', f[5] or ''} end  -- the first reply was lost
-if f[1] ~= ARGV[2] or f[2] ~= ARGV[3] or f[7] ~= '1' or not lives(ARGV[4]) then return {'void'} end
+if f[1] ~= ARGV[2] or f[2] ~= ARGV[3] or f[7] ~= '1' then return {'void'} end
+if not lives(ARGV[4]) then return {'lapsed'} end  -- not void: somebody else may take it
 redis.call('HSET', KEYS[3], 'owner', ARGV[4], 'epoch', int(tonumber(f[2]) + 1), 'chains', with(f[4], ARGV[4]))
 redis.call('SREM', KEYS[4], ARGV[5])
 redis.call('SADD', KEYS[5], ARGV[5])
@@ -177,12 +178,13 @@ redis.call('HSET', KEYS[3], 'epoch', epoch)
 return epoch
 """
 
-# KEYS: .. open load tenants. ARGV: lease_ms job class tokens tenant max_class_tokens max_tenant_jobs max_tenant_tokens (0: none)
+# KEYS: .. open load tenants job. ARGV: lease_ms job class tokens tenant max_class_tokens max_tenant_jobs max_tenant_tokens (0: none)
+#   origin prompt_tokens ttl. The job's record gets what a reader at another shim needs (and no era: it counts as missing for claims).
 # Open work is what was admitted and has no final record. Above half of a class' bound, no tenant may hold more than its share.
 _ADMIT = """
 local id, klass, tokens, tenant = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
 local most, most_jobs, most_tokens = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
-if redis.call('HEXISTS', KEYS[3], id) == 1 then return {'ok'} end
+if redis.call('HEXISTS', KEYS[3], id) == 1 or redis.call('HEXISTS', KEYS[6], 'origin') == 1 then return {'known'} end
 local queued = tonumber(redis.call('HGET', KEYS[4], klass) or '0') + tokens
 local jobs = tonumber(redis.call('HGET', KEYS[4], 'jobs ' .. tenant) or '0') + 1
 local held = tonumber(redis.call('HGET', KEYS[5], tenant) or '0') + tokens
@@ -197,7 +199,15 @@ redis.call('HSET', KEYS[3], id, klass .. ' ' .. int(tokens) .. ' ' .. int(now) .
 redis.call('HINCRBY', KEYS[4], klass, tokens)
 redis.call('HINCRBY', KEYS[4], 'jobs ' .. tenant, 1)
 redis.call('HINCRBY', KEYS[5], tenant, tokens)
+redis.call('HSET', KEYS[6], 'origin', ARGV[9], 'prompt_tokens', ARGV[10])
+redis.call('EXPIRE', KEYS[6], ARGV[11])
 return {'ok'}
+"""
+
+# KEYS: .. job. ARGV: lease_ms reader
+_READER = """
+if redis.call('EXISTS', KEYS[3]) == 1 then redis.call('HSET', KEYS[3], 'reader', ARGV[2]) end
+return 1
 """
 
 # KEYS: .. open. ARGV: lease_ms max_age_ms. Ids of what was admitted so long ago that it is over: its producer died before it published.
@@ -225,8 +235,11 @@ if entry then
 end
 """
 
-# ARGV: lease_ms job
-_DISCHARGE = "local id = ARGV[2]" + _COUNT_OUT + "return 1"
+# KEYS: .. job. ARGV: lease_ms job. The record goes too if nobody ever claimed it.
+_DISCHARGE = "local id = ARGV[2]" + _COUNT_OUT + """
+if redis.call('HEXISTS', KEYS[3], 'state') == 0 then redis.call('DEL', KEYS[3]) end
+return 1
+"""
 
 # KEYS: .. job owned. ARGV: lease_ms owner job done_ttl. For anyone who has seen the final record, whatever the record says.
 _FINISH = "local id = ARGV[3]" + _COUNT_OUT + """
@@ -345,7 +358,7 @@ return rows
 
 _SCRIPTS = {
     "found": _FOUND, "floor": _FLOOR, "register": _REGISTER, "renew": _RENEW, "claim": _CLAIM, "fenced": _FENCED, "take": _TAKE,
-    "take_back": _TAKE_BACK, "finish": _FINISH, "give_up": _GIVE_UP, "try": _TRY, "admit": _ADMIT, "stale": _STALE,
+    "take_back": _TAKE_BACK, "finish": _FINISH, "give_up": _GIVE_UP, "try": _TRY, "admit": _ADMIT, "reader": _READER, "stale": _STALE,
     "discharge": _DISCHARGE, "assert": _ASSERT, "retire": _RETIRE, "orphans": _ORPHANS,
     "bury": _BURY, "lead": _LEAD, "cancel": _CANCEL, "view": _VIEW,
 }
@@ -357,6 +370,10 @@ RenewState = Literal["ok", "assert", "over"]
 def owner_name(worker: str, incarnation: int) -> str:
     """One incarnation of a worker, as Redis and the chains name it."""
     return f"{worker}.{incarnation}"
+
+
+class LeaseLapsed(Unavailable):
+    """The caller's own lease is over, nothing was changed: it renews soon, or learns that its incarnation has ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -399,6 +416,18 @@ class DeathRecord:
     @property
     def is_guilty(self) -> bool:
         return self.trial_crashes > 0 or self.trial_deaths > 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """What is counted of a job that is about to be published."""
+
+    job_id: str
+    origin: str
+    klass: str
+    tenant: str
+    prompt_tokens: int
+    max_new_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -517,8 +546,13 @@ class Store:
         await self._call("fenced", [self._job(job_id)], fenced_owner)
 
     async def take(self, job_id: str, epoch: int, *, giver: str, taker: str) -> tuple[bool, bool]:
-        """Hand-over by compare-and-set on the handle's epoch: (taken, cancelled). The job's epoch is one more then."""
+        """Hand-over by compare-and-set on the handle's epoch: (taken, cancelled). The job's epoch is one more then.
+
+        Not taken means that the handle is void, for everybody. Raises LeaseLapsed: the taker may not take now, others may.
+        """
         reply = await self._call("take", [self._job(job_id), self._owned(giver), self._owned(taker)], giver, epoch, taker, job_id)
+        if _text(reply[0]) == "lapsed":
+            raise LeaseLapsed(f"the lease of {taker} has lapsed")
         return _text(reply[0]) == "taken", len(reply) > 1 and _text(reply[1]) == "1"
 
     async def take_back(self, owner: str, job_id: str, epoch: int) -> int | None:
@@ -545,25 +579,34 @@ class Store:
         state, *lost = await self._call("assert", [self._key("workers"), self._owned(owner)], owner, msgpack.packb(info), JOB_TTL_S, *flat)
         return {_text(job_id) for job_id in lost} if _text(state) == "ok" else None
 
-    async def admit(self, job_id: str, klass: str, tokens: int, tenant: str, limits: "AdmissionLimits") -> None:
-        """Count a job in before it is published; `tokens` are prompt and max_new_tokens. Its `finish` counts it out.
+    async def admit(self, job: "Admitted", limits: "AdmissionLimits") -> bool:
+        """Count a job in before it is published; its `finish` counts it out. False: a job of this id is known already.
 
-        Raises QueueFull when the class or the tenant is at its bound. Counting the same id in twice counts once.
+        Raises QueueFull when the class or the tenant is at its bound.
         """
         state, *bound = await self._call(
-            "admit", [self._key("open"), self._key("load"), self._key("tenants")], job_id, klass, tokens, tenant or "-",
-            limits.max_class_tokens, limits.max_tenant_jobs, limits.max_tenant_tokens)
+            "admit", [self._key("open"), self._key("load"), self._key("tenants"), self._job(job.job_id)], job.job_id, job.klass,
+            job.prompt_tokens + job.max_new_tokens, job.tenant or "-", limits.max_class_tokens, limits.max_tenant_jobs,
+            limits.max_tenant_tokens, job.origin, job.prompt_tokens, JOB_TTL_S)
+        tenant, klass = job.tenant, job.klass
         match _text(state):
+            case "known":
+                return False
             case "tenant_jobs":
                 raise QueueFull(f"of tenant {tenant or '(none)'} ({_text(bound[0])} open jobs)")
             case "tenant_tokens" | "tenant_share":
                 raise QueueFull(f"of tenant {tenant or '(none)'} ({_text(bound[0])} open tokens)")
             case "class_tokens":
                 raise QueueFull(f"of class {klass} ({_text(bound[0])} open tokens)")
+        return True
+
+    async def note_reader(self, job_id: str, reader: str) -> None:
+        """Somebody reads this job's answer now: who read it before need not cancel it."""
+        await self._call("reader", [self._job(job_id)], reader)
 
     async def discharge(self, job_id: str) -> None:
-        """Count a job out that was admitted and not published. Its record, if there is one, stays as it is."""
-        await self._call("discharge", [], job_id)
+        """Count a job out that was admitted and surely not published."""
+        await self._call("discharge", [self._job(job_id)], job_id)
 
     async def stale_admissions(self, max_age_s: float) -> list[str]:
         return [_text(job_id) for job_id in await self._call("stale", [self._key("open")], int(max_age_s * 1000))]

@@ -33,10 +33,11 @@ class Admission:
         prompt_ids = await self.encode(inputs, params, field=field)
         num_tokens, limit = len(prompt_ids), self.max_req_total_len
         if num_tokens >= limit:
-            raise InvalidField(field, f"prompt of {num_tokens} tokens leaves no room for output: --max_req_total_len is {limit}")
+            raise InvalidField(field, f"prompt of {num_tokens} tokens leaves no room for output: the limit is {limit} "
+                                      "(--max_req_total_len, or the model's positions)")
         if num_tokens + params.max_new_tokens > limit:
             raise InvalidField("max_new_tokens", f"prompt of {num_tokens} tokens and max_new_tokens {params.max_new_tokens} are over "
-                                                 f"--max_req_total_len {limit}: at most {limit - num_tokens}")
+                                                 f"{limit} (--max_req_total_len, or the model's positions): at most {limit - num_tokens}")
         return prompt_ids
 
     async def encode(self, inputs: Any, params: SamplingParams, *, field: str = "inputs") -> tuple[int, ...]:
@@ -75,6 +76,12 @@ def model_defaults(model_dir: str | Path) -> SamplingParams:
         return SamplingParams.parse(given)
     except InvalidField as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def longest_request(max_req_total_len: int, model_dir: str | Path) -> int:
+    """Most tokens of one request: the setting, or the positions that the model has if those are fewer."""
+    positions = read_json(Path(model_dir) / "config.json").get("max_position_embeddings")
+    return min(max_req_total_len, positions) if isinstance(positions, int) else max_req_total_len
 
 
 def split(params: SamplingParams, seed: int) -> list[SamplingParams]:

@@ -10,18 +10,16 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from coordinator import subjects
-from coordinator.bus import Bus, Message
-from coordinator.errors import InvalidField, JobFailed, MalformedMessage, Unavailable
+from coordinator.bus import Bus, Message, Subscription
+from coordinator.errors import InvalidField, MalformedMessage, Unavailable, UnknownJob
 from coordinator.messages import (
     FinalRecord,
-    Finish,
-    FinishReason,
     Job,
     JobClass,
     TokenRun,
@@ -30,9 +28,11 @@ from coordinator.messages import (
     new_job_id,
 )
 from coordinator.sampling import SamplingParams
-from coordinator.store import Store
-from producers.catch_up import FIRST_SILENCE_S, CatchUp, as_run
-from producers.job_stream import JobStream
+from coordinator.store import AdmissionLimits, Admitted, Store
+from producers.catch_up import CatchUp
+from producers.job_handle import JobHandle, JobResult, Token
+
+__all__ = ["JobHandle", "JobResult", "Token", "TokenmillClient"]
 
 log = logging.getLogger(__name__)
 
@@ -40,160 +40,39 @@ SUBMIT_TIMEOUT_S = 5.0
 MAX_BUSY_S = 0.005
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One generated token. `finish` is set on the last one, unless the job ended after it without another token (cancelled, say)."""
-
-    index: int
-    id: int
-    logprob: float
-    text: str
-    finish: FinishReason | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobResult:
-    """A finished job's whole answer. Look at `reason`: only `stop` and `length` are complete answers."""
-
-    job_id: str
-    reason: FinishReason
-    error: str
-    prompt_tokens: int
-    cached_tokens: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    texts: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        return "".join(self.texts)
-
-
-class JobHandle:
-    """One open job: one reader takes its tokens by `stream`, `runs` or `result`."""
-
-    def __init__(self, client: "TokenmillClient", job: Job, seen_seq: int) -> None:
-        self.job = job
-        self.tokens = JobStream()
-        self.seen_seq = seen_seq
-        self.next_look_s = time.monotonic() + FIRST_SILENCE_S
-        self.silence_s = FIRST_SILENCE_S
-        self.num_rereads = 0
-        self._client = client
-        self._news = asyncio.Event()
-        self._is_closed = False
-
-    @property
-    def job_id(self) -> str:
-        return self.job.job_id
-
-    @property
-    def finish(self) -> Finish | None:
-        """How the job ended, once its last token has arrived."""
-        return self.tokens.finish
-
-    def push(self, run: TokenRun, seq: int) -> None:
-        """A run has arrived with the frame at `seq` of the stream; called by the client."""
-        before = self.tokens.next_index
-        self.tokens.push(run)
-        if not self.tokens.is_behind:
-            self.seen_seq = max(seq, self.seen_seq)
-        if self.tokens.next_index != before or self.tokens.finish is not None:
-            self.next_look_s = time.monotonic() + FIRST_SILENCE_S
-            self.silence_s = FIRST_SILENCE_S
-            self.num_rereads = 0
-            self._news.set()
-
-    async def runs(self) -> AsyncIterator[list[TokenRun]]:
-        """All that has arrived since the last round, as lists of runs; ends with the job or with `close`. For many tokens per second."""
-        while True:
-            if (arrived := self.tokens.take()):
-                yield arrived
-                continue
-            if self._is_closed or self.tokens.finish is not None:
-                return
-            if self.tokens.is_behind:
-                self._client.catch_up.want(self.job_id)
-            self._news.clear()
-            await self._news.wait()
-
-    async def stream(self) -> AsyncIterator[Token]:
-        """Token by token. Raises JobFailed after the last token when the job ended otherwise than by `stop` or `length`."""
-        async for runs in self.runs():
-            for run in runs:
-                last = len(run.token_ids) - 1
-                for i, token_id in enumerate(run.token_ids):
-                    reason = run.finish.reason if run.finish is not None and i == last else None
-                    yield Token(run.first_index + i, token_id, run.logprobs[i], run.texts[i], reason)
-        finish = self._ended()
-        if finish.reason not in ("stop", "length"):
-            raise JobFailed(self.job_id, finish.reason, finish.error)
-
-    async def result(self) -> JobResult:
-        """Wait for the end. Tokens that were read before by `stream` or `runs` are fetched from the final record."""
-        read: list[TokenRun] = []
-        async for runs in self.runs():
-            read += runs
-        finish = self._ended()
-        if self.tokens.next_index != sum(len(run.token_ids) for run in read):
-            read = [as_run(await self._client.final_record(self.job_id))]
-        return JobResult(
-            job_id=self.job_id, reason=finish.reason, error=finish.error,
-            prompt_tokens=finish.prompt_tokens, cached_tokens=finish.cached_tokens,
-            token_ids=tuple(t for run in read for t in run.token_ids), logprobs=tuple(p for run in read for p in run.logprobs),
-            texts=tuple(x for run in read for x in run.texts))
-
-    async def cancel(self) -> None:
-        """Ask the farm to stop; the job ends as `cancelled` unless it is over already."""
-        await self._client.cancel(self.job_id)
-
-    def close(self) -> None:
-        """Read no more. The job itself goes on; see `cancel`."""
-        self._is_closed = True
-        self._news.set()
-        self._client.forget(self.job_id)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Leaving the block before the end cancels the job."""
-        self.close()
-        if self.finish is None:
-            with contextlib.suppress(Unavailable):
-                await self.cancel()
-
-    def _ended(self) -> Finish:
-        if self.tokens.finish is None:
-            raise JobFailed(self.job_id, "cancelled", "this handle was closed before the job ended")
-        return self.tokens.finish
-
-
 class TokenmillClient:
     """A producer. Make it with `connect`; it is an async context manager."""
 
-    def __init__(self, bus: Bus, store: Store | None, *, model: str, origin: str, submit_timeout_s: float = SUBMIT_TIMEOUT_S) -> None:
+    def __init__(self, bus: Bus, store: Store | None, *, model: str, origin: str, submit_timeout_s: float = SUBMIT_TIMEOUT_S,
+                 limits: AdmissionLimits | None = None) -> None:
         self.bus = bus
         self.submit_timeout_s = submit_timeout_s
         self.store = store
         self.model = subjects.model_token(model)
         self.origin = check_id("origin", origin)
         self._yielded_s = 0.0
+        self._limits = limits or AdmissionLimits()
+        self._live: Subscription | None = None
+        self._peers: dict[str, TokenmillClient] = {}   # by origin: readers of other producers' jobs
         self._open: dict[str, JobHandle] = {}
         self.catch_up = CatchUp(bus, self.origin, self._open, self._deliver)
 
     @classmethod
     async def connect(cls, nats_url: str, redis_url: str | None = None, *, model: str = "default_model_name", origin: str = "",
                       max_queued: int | None = None, connect_timeout_s: float = 10.0, submit_timeout_s: float = SUBMIT_TIMEOUT_S,
-                      on_fatal: Callable[[Exception], None] | None = None) -> Self:
-        """Connect, make sure that the streams exist, and listen. Without Redis, cancelling reaches only jobs that are running.
+                      on_fatal: Callable[[Exception], None] | None = None, limits: AdmissionLimits | None = None) -> Self:
+        """Connect, make sure that the streams exist, and listen.
+
+        Without Redis, cancelling reaches only jobs that are running, only their number bounds the queue (not their tokens), and jobs
+        of other producers cannot be followed.
 
         `max_queued` bounds the jobs of a class for the whole farm (None: leave the bound that is there). `submit_timeout_s` is how
         long a submit rides out a broker that is away. `on_fatal` is told if NATS closes the connection for good. Raises Unavailable.
         """
         origin = origin or f"producer-{uuid.uuid4().hex[:12]}"
         bus = await Bus.connect(nats_url, name=origin, on_fatal=on_fatal, timeout_s=connect_timeout_s)
-        client = cls(bus, Store(redis_url) if redis_url else None, model=model, origin=origin, submit_timeout_s=submit_timeout_s)
+        client = cls(bus, Store(redis_url) if redis_url else None, model=model, origin=origin, submit_timeout_s=submit_timeout_s,
+                     limits=limits)
         try:
             await client.start(max_queued=max_queued)
         except BaseException:
@@ -206,16 +85,26 @@ class TokenmillClient:
         is_new_farm = await self.bus.provision(self.model, max_queued=max_queued)
         if is_new_farm and self.store is not None:
             await self.store.found()
-        self._live = await self.bus.subscribe(subjects.live(self.origin), self._on_frame, on_gap=self.catch_up.gap)
-        self.catch_up.start()
+        await self._listen()
 
     async def close(self) -> None:
-        await self.catch_up.close()
-        for handle in list(self._open.values()):
-            handle.close()
+        for peer in self._peers.values():
+            await peer._stop_listening()
+        await self._stop_listening()
         await self.bus.close()
         if self.store is not None:
             await self.store.close()
+
+    async def _listen(self) -> None:
+        self._live = await self.bus.subscribe(subjects.live(self.origin), self._on_frame, on_gap=self.catch_up.gap)
+        self.catch_up.start()
+
+    async def _stop_listening(self) -> None:
+        await self.catch_up.close()
+        for handle in list(self._open.values()):
+            handle.close()
+        if self._live is not None:
+            await self._live.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -233,7 +122,7 @@ class TokenmillClient:
         """Queue one job. When this returns the job is stored and will end, whatever dies.
 
         `prompt` is text (a worker tokenizes it) or token ids; `params.n` must be 1: several answers are several jobs.
-        Submitting the same `job_id` again does not make a second job: the handle shows the first one's answer.
+        Submitting the same `job_id` again, here or elsewhere, does not make a second job: the handle follows the first one.
         Raises InvalidField, QueueFull, PayloadTooLarge, Unavailable.
         """
         params = params or SamplingParams()
@@ -250,22 +139,67 @@ class TokenmillClient:
             created_ms=now_ms, deadline_ms=None if timeout_s is None else now_ms + int(timeout_s * 1000), tenant=tenant,
             traceparent=traceparent)
         if job.job_id in self._open:
-            raise InvalidField("job_id", f"{job.job_id} is open in this client already")
+            return await self.follow(job.job_id)
+        if self.store is not None and not await self.store.admit(_as_admitted(job, prompt), self._limits):
+            return await self.follow(job.job_id)
         # Frames of a new job come after all that were seen until now; a job submitted again may have some anywhere.
         handle = self._open[job.job_id] = JobHandle(self, job, self.catch_up.last_seq if job_id is None else 0)
         try:
             await self.bus.publish_job(job, deadline_s=self.submit_timeout_s)
         except Unavailable:
-            self.forget(job.job_id)
+            self.forget(handle)
             with contextlib.suppress(Unavailable):  # it may have been stored all the same: then nobody waits for it
                 await self.cancel(job.job_id)
             raise
         except BaseException:
-            self.forget(job.job_id)
+            self.forget(handle)
+            if self.store is not None:
+                with contextlib.suppress(Unavailable):  # the watcher finds it later
+                    await self.store.discharge(job.job_id)
             raise
         if job_id is not None:
             self.catch_up.want(handle.job_id)
         return handle
+
+    async def follow(self, job_id: str) -> JobHandle:
+        """Read a job from its first token, whoever submitted it. A handle that is open on it in this client closes: the newest reads.
+
+        Raises UnknownJob, Unavailable.
+        """
+        check_id("job_id", job_id)
+        known = {"origin": self.origin} if job_id in self._open else await self._look_up(job_id)
+        origin = known["origin"]
+        if self.store is not None:
+            await self.store.note_reader(job_id, uuid.uuid4().hex)
+        peer = await self._peer(origin)
+        if (former := peer._open.get(job_id)) is not None:
+            former.is_superseded = True
+            former.close()
+        handle = peer._open[job_id] = JobHandle(peer, Job(job_id=job_id, origin=origin, model=self.model, text="-"), 0)
+        handle.num_prompt_tokens = int(known.get("prompt_tokens", 0))
+        peer.catch_up.want(job_id)
+        return handle
+
+    async def _look_up(self, job_id: str) -> dict[str, str]:
+        """At least the `origin` of a job. Raises UnknownJob, Unavailable."""
+        known = await self.store.job(job_id) if self.store is not None else {}
+        if "origin" in known:
+            return known
+        record = await self.bus.get_result(job_id)
+        if record is None:
+            raise UnknownJob(job_id)
+        return {"origin": record.origin}
+
+    async def _peer(self, origin: str) -> "TokenmillClient":
+        """Who reads that producer's frames. One that reads nothing any more is closed when the next one is needed."""
+        if origin == self.origin:
+            return self
+        for name in [name for name, peer in self._peers.items() if not peer._open and name != origin]:
+            await self._peers.pop(name)._stop_listening()
+        if origin not in self._peers:
+            peer = self._peers[origin] = TokenmillClient(self.bus, self.store, model=self.model, origin=origin)
+            await peer._listen()
+        return self._peers[origin]
 
     async def cancel(self, job_id: str) -> None:
         """Reaches the job wherever it is: running (at once), or still in the queue (when it is pulled). Idempotent.
@@ -288,8 +222,9 @@ class TokenmillClient:
             await asyncio.sleep(0.01)
         return record
 
-    def forget(self, job_id: str) -> None:
-        self._open.pop(job_id, None)
+    def forget(self, handle: JobHandle) -> None:
+        if self._open.get(handle.job_id) is handle:
+            del self._open[handle.job_id]
 
     def _on_frame(self, message: Message) -> Awaitable[None] | None:
         seq = int(message.headers.get("Nats-Sequence", 0))
@@ -313,6 +248,13 @@ class TokenmillClient:
             return
         handle.push(run, seq)
         if handle.finish is not None:
-            self.forget(job_id)
+            self.forget(handle)
         elif handle.tokens.is_behind and handle.tokens.has_room:
             self.catch_up.want(job_id)
+
+
+def _as_admitted(job: Job, prompt: str | Sequence[int]) -> Admitted:
+    # Text that a worker will tokenize counts by a rule of thumb.
+    prompt_tokens = 1 + len(prompt) // 4 if isinstance(prompt, str) else len(prompt)
+    return Admitted(job_id=job.job_id, origin=job.origin, klass=job.klass, tenant=job.tenant, prompt_tokens=prompt_tokens,
+                    max_new_tokens=job.params.max_new_tokens)

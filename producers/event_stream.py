@@ -10,8 +10,8 @@ from starlette.types import Receive, Scope, Send
 
 from coordinator.errors import JobFailed, Unavailable
 from coordinator.messages import Finish, TokenRun
-from producers.client import JobHandle
 from producers.http_errors import error_response
+from producers.job_handle import JobHandle
 
 Spawn = Callable[[Coroutine[Any, Any, None]], object]
 
@@ -26,15 +26,15 @@ class Events(Protocol):
 class EventStream(Response):
     """Sends its headers with the first token: a job that fails before has a true error status."""
 
-    def __init__(self, handle: JobHandle, events: Events, spawn: Spawn) -> None:
-        self._handle, self._events, self._spawn = handle, events, spawn
+    def __init__(self, handle: JobHandle, events: Events, spawn: Spawn, *, resume_grace_s: float = 0.0) -> None:
+        self._handle, self._events, self._spawn, self._resume_grace_s = handle, events, spawn, resume_grace_s
         self._num_sent = 0
         self._has_ended = False
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         handle = self._handle
-        async with open_while_connected(receive, [handle], self._spawn):
+        async with open_while_connected(receive, [handle], self._spawn, resume_grace_s=self._resume_grace_s):
             async for runs in handle.runs():
                 # All that has come since the last write goes out as one; a slow client makes this wait, and us read later.
                 await self._send(send, b"".join(map(self._encode, runs)))
@@ -62,8 +62,12 @@ class EventStream(Response):
 
 
 @contextlib.asynccontextmanager
-async def open_while_connected(receive: Receive, handles: list[JobHandle], spawn: Spawn) -> AsyncIterator[None]:
-    """Closes the handles when the client disconnects; on the way out, jobs that are not over are cancelled."""
+async def open_while_connected(receive: Receive, handles: list[JobHandle], spawn: Spawn, *,
+                               resume_grace_s: float = 0.0) -> AsyncIterator[None]:
+    """Closes the handles when the client disconnects; on the way out, jobs that are not over are cancelled.
+
+    With a grace a job goes on for so long without a reader: its client may come back for it, here or at another shim.
+    """
     watch = asyncio.create_task(_wait_for_disconnect(receive, handles))
     try:
         yield
@@ -71,8 +75,8 @@ async def open_while_connected(receive: Receive, handles: list[JobHandle], spawn
         watch.cancel()
         for handle in handles:
             handle.close()
-            if handle.finish is None:
-                spawn(_cancel(handle))
+            if handle.finish is None and not handle.is_superseded:
+                spawn(_cancel(handle, resume_grace_s))
 
 
 async def _wait_for_disconnect(receive: Receive, handles: list[JobHandle]) -> None:
@@ -82,6 +86,11 @@ async def _wait_for_disconnect(receive: Receive, handles: list[JobHandle]) -> No
         handle.close()
 
 
-async def _cancel(handle: JobHandle) -> None:
+async def _cancel(handle: JobHandle, resume_grace_s: float) -> None:
     with contextlib.suppress(Unavailable):  # nobody can be reached: the job runs to its end unseen
+        if resume_grace_s:
+            before = await handle.last_reader()
+            await asyncio.sleep(resume_grace_s)
+            if handle.is_superseded or await handle.last_reader() != before:
+                return
         await handle.cancel()

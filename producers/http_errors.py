@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from coordinator.errors import InvalidField, JobFailed, PayloadTooLarge, QueueFull, TokenmillError, Unavailable
+from coordinator.errors import InvalidField, JobFailed, PayloadTooLarge, QueueFull, TokenmillError, Unavailable, UnknownJob
 from coordinator.sampling import DEFAULTS
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def status_of(error: TokenmillError) -> int:
         if error.reason == "error" and error.error.partition(":")[0] in JOB_FIELDS:
             return 400
         return {"expired": 504, "cancelled": CLIENT_CLOSED_REQUEST}.get(error.reason, 500)
-    for kind, status in ((InvalidField, 400), (PayloadTooLarge, 413), (QueueFull, 429), (Unavailable, 503)):
+    for kind, status in ((InvalidField, 400), (UnknownJob, 404), (PayloadTooLarge, 413), (QueueFull, 429), (Unavailable, 503)):
         if isinstance(error, kind):
             return status
     return 500

@@ -11,9 +11,10 @@ from starlette.responses import Response
 from coordinator.errors import InvalidField, JobFailed
 from coordinator.sampling import SamplingParams
 from producers.admission import split
-from producers.client import JobHandle
 from producers.event_stream import EventStream, open_while_connected
 from producers.http_errors import Json
+from producers.job_handle import JobHandle
+from producers.job_options import JobOptions, read_options
 from producers.lightllm_shapes import StreamEvents, generate_object
 from producers.request_body import check_known, read_object
 from producers.shim import Shim, shim_of
@@ -29,7 +30,7 @@ async def generate(request: Request) -> Response:
 
 async def generate_stream(request: Request) -> Response:
     shim = shim_of(request)
-    return await _generate_stream(shim, await read_object(request, shim.settings.max_body_bytes))
+    return await _generate_stream(shim, await read_object(request, shim.settings.max_body_bytes), request)
 
 
 async def generate_either(request: Request) -> Response:
@@ -39,7 +40,7 @@ async def generate_either(request: Request) -> Response:
     is_stream = body.pop("stream", False)
     if not isinstance(is_stream, bool):
         raise InvalidField("stream", f"must be true or false, got {is_stream!r:.80}")
-    return await (_generate_stream(shim, body) if is_stream else _generate(shim, body, request))
+    return await (_generate_stream(shim, body, request) if is_stream else _generate(shim, body, request))
 
 
 async def tokens(request: Request) -> Response:
@@ -57,10 +58,11 @@ async def tokens(request: Request) -> Response:
 
 async def _generate(shim: Shim, body: dict[str, Any], request: Request) -> Response:
     params, prompt_ids, with_details = await _admit(shim, body)
+    options = _options(shim, request, params)
     handles: list[JobHandle] = []
-    async with open_while_connected(request.receive, handles, shim.spawn):
+    async with open_while_connected(request.receive, handles, shim.spawn, resume_grace_s=_grace(shim, options)):
         for child in split(params, random.getrandbits(64)):
-            await _submit(shim, prompt_ids, child, handles)
+            await _submit(shim, prompt_ids, child, options, handles)
         results = await asyncio.gather(*(handle.result() for handle in handles))
     for result in results:
         if result.reason not in ("stop", "length"):
@@ -69,18 +71,32 @@ async def _generate(shim: Shim, body: dict[str, Any], request: Request) -> Respo
     return Json(answer, headers={"X-Job-Id": ", ".join(result.job_id for result in results)})
 
 
-async def _generate_stream(shim: Shim, body: dict[str, Any]) -> Response:
+async def _generate_stream(shim: Shim, body: dict[str, Any], request: Request) -> Response:
     params, prompt_ids, _ = await _admit(shim, body)
     if params.n != 1:
         raise InvalidField("best_of", f"must be 1 for a stream, got {params.n}")
+    options = _options(shim, request, params)
     handles: list[JobHandle] = []
-    await _submit(shim, prompt_ids, split(params, random.getrandbits(64))[0], handles)
-    return EventStream(handles[0], StreamEvents(shim.admission.tokenizer.special_ids, len(prompt_ids)), shim.spawn)
+    await _submit(shim, prompt_ids, split(params, random.getrandbits(64))[0], options, handles)
+    events = StreamEvents(shim.admission.tokenizer.special_ids, len(prompt_ids), options.next_index if options.is_resumable else None)
+    return EventStream(handles[0], events, shim.spawn, resume_grace_s=_grace(shim, options))
 
 
-async def _submit(shim: Shim, prompt_ids: tuple[int, ...], params: SamplingParams, handles: list[JobHandle]) -> None:
+async def _submit(shim: Shim, prompt_ids: tuple[int, ...], params: SamplingParams, options: JobOptions, handles: list[JobHandle]) -> None:
     """Appends to `handles`, so that what was submitted before a failure can be taken back."""
-    handles.append(await shim.client.submit(prompt_ids, params, klass=shim.settings.job_class))
+    handles.append(await shim.client.submit(prompt_ids, params, klass=options.klass, timeout_s=options.timeout_s, job_id=options.job_id,
+                                            tenant=options.tenant))
+
+
+def _options(shim: Shim, request: Request, params: SamplingParams) -> JobOptions:
+    options = read_options(request.headers, shim.settings.job_class)
+    if options.is_resumable and params.n != 1:
+        raise InvalidField("X-Job-Id", f"names one job: best_of must be 1, got {params.n}")
+    return options
+
+
+def _grace(shim: Shim, options: JobOptions) -> float:
+    return shim.settings.resume_grace_s if options.is_resumable else 0.0
 
 
 async def _admit(shim: Shim, body: dict[str, Any]) -> tuple[SamplingParams, tuple[int, ...], bool]:

@@ -7,7 +7,7 @@ import orjson
 
 from coordinator.messages import Finish, TokenRun
 from coordinator.tokenizer import Tokenizer
-from producers.client import JobResult
+from producers.job_handle import JobResult
 
 NO_TOKEN = -1  # the id in an event that ends a stream without another token
 
@@ -42,17 +42,24 @@ def _details(result: JobResult, tokenizer: Tokenizer, num_prompt_tokens: int) ->
 
 
 class StreamEvents:
-    """Encodes one stream. An event is `data:{json}` and an empty line, without a space and without a closing `[DONE]`."""
+    """Encodes one stream. An event is `data:{json}` and an empty line, without a space and without a closing `[DONE]`.
 
-    def __init__(self, special_ids: frozenset[int], num_prompt_tokens: int) -> None:
+    With `next_index` each event is preceded by `id:` and its token's index, and tokens before that index are left out: what a client
+    sends back as Last-Event-ID to go on elsewhere.
+    """
+
+    def __init__(self, special_ids: frozenset[int], num_prompt_tokens: int, next_index: int | None = None) -> None:
         self._special_ids = special_ids
         self._num_prompt_tokens = num_prompt_tokens
+        self._next_index = next_index
 
     def encode(self, run: TokenRun) -> bytes:
         """The events of a run, its end included."""
         last = len(run.token_ids) - 1
         events = bytearray()
         for i, token_id in enumerate(run.token_ids):
+            if self._next_index is not None and run.first_index + i < self._next_index:
+                continue
             finish = run.finish if i == last else None
             events += self._event(token_id, run.texts[i], run.logprobs[i], run.first_index + i + 1, finish)
         return bytes(events)
@@ -72,4 +79,5 @@ class StreamEvents:
         }
         if finish is not None and finish.reason not in ("stop", "length"):
             event["message"] = finish.error or f"the job ended as {finish.reason}"
-        return b"data:%b\n\n" % orjson.dumps(event)
+        line = b"data:%b\n\n" % orjson.dumps(event)
+        return line if self._next_index is None else b"id:%d\n%b" % (max(0, count - 1), line)

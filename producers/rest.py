@@ -17,7 +17,7 @@ from fastapi import FastAPI
 
 from coordinator import lifeline
 from coordinator.errors import TokenmillError
-from producers import http_errors, lightllm_api, service_api
+from producers import http_errors, jobs_api, lightllm_api, service_api
 from producers.settings import RestSettings, parse
 from producers.shim import Shim
 
@@ -27,7 +27,7 @@ except ImportError:  # Windows
     uvloop = None  # type: ignore[assignment]
 
 BACKLOG = 4096
-ROUTERS = (service_api.router, lightllm_api.router)
+ROUTERS = (service_api.router, jobs_api.router, lightllm_api.router)
 
 
 def create_app(settings: RestSettings) -> FastAPI:

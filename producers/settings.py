@@ -23,6 +23,10 @@ class RestSettings:
     max_queued: int = DEFAULT_MAX_QUEUED       # jobs per class before clients get 429
     job_class: JobClass = "normal"
     submit_timeout_s: float = 5.0              # how long a request rides out a broker that is away, before 503
+    max_queued_tokens: int = 8_000_000         # open tokens per class before clients get 429
+    max_tenant_jobs: int = 0                   # open jobs of one tenant; 0: no bound
+    max_tenant_tokens: int = 0                 # open tokens of one tenant; 0: no bound
+    resume_grace_s: float = 15.0               # a job with a client's own id goes on so long after its client has gone
     shutdown_grace_s: float = 10.0             # after SIGTERM, for answers that are being sent
     access_log: bool = False
     log_level: str = "warning"
@@ -38,6 +42,10 @@ _HELP = {
     "max_req_total_len": "most tokens of one request, prompt and output",
     "max_body_bytes": "largest request body",
     "max_queued": "jobs per class, waiting or running, before clients get 429",
+    "max_queued_tokens": "open tokens (prompt and max_new_tokens, queued and running) per class before clients get 429; 0: no bound",
+    "max_tenant_jobs": "open jobs of one tenant before it gets 429; 0: no bound",
+    "max_tenant_tokens": "open tokens of one tenant before it gets 429; 0: no bound",
+    "resume_grace_s": "seconds a job with a client's own id goes on after its client has gone",
     "job_class": "class of the jobs that come in here",
     "submit_timeout_s": "seconds that a request rides out a broker that is away, before 503",
     "shutdown_grace_s": "seconds that running answers get after SIGTERM",

@@ -9,10 +9,10 @@ from fastapi import FastAPI
 from starlette.requests import Request
 
 from coordinator.errors import Unavailable
-from coordinator.store import WorkerView
+from coordinator.store import AdmissionLimits, WorkerView
 from coordinator.tokenizer import Tokenizer
 from coordinator.watcher import Watcher
-from producers.admission import Admission, model_defaults
+from producers.admission import Admission, longest_request, model_defaults
 from producers.client import TokenmillClient
 from producers.settings import RestSettings
 
@@ -38,10 +38,13 @@ class Shim:
         """`on_fatal` is told if NATS closes the connection for good. Raises ConfigError, Unavailable."""
         defaults = model_defaults(settings.model_dir)
         tokenizer = await asyncio.to_thread(Tokenizer.from_dir, settings.model_dir)
-        admission = Admission(tokenizer=tokenizer, defaults=defaults, max_req_total_len=settings.max_req_total_len)
+        limit = longest_request(settings.max_req_total_len, settings.model_dir)
+        admission = Admission(tokenizer=tokenizer, defaults=defaults, max_req_total_len=limit)
         client = await TokenmillClient.connect(settings.nats_url, settings.redis_url, model=settings.model_name,
                                                max_queued=settings.max_queued, submit_timeout_s=settings.submit_timeout_s,
-                                               on_fatal=on_fatal)
+                                               on_fatal=on_fatal, limits=AdmissionLimits(
+                                                   max_class_tokens=settings.max_queued_tokens, max_tenant_jobs=settings.max_tenant_jobs,
+                                                   max_tenant_tokens=settings.max_tenant_tokens))
         shim = cls(settings, admission, client)
         shim._watcher.start()
         return shim

@@ -27,7 +27,7 @@ from coordinator.messages import (
     unpack_floats,
     unpack_ids,
 )
-from coordinator.store import Store, owner_name
+from coordinator.store import LeaseLapsed, Store, owner_name
 from coordinator.tokenizer import Tokenizer
 from workers.active_job import ActiveJob, Phase, open_job
 from workers.engine_link import EngineLink
@@ -285,6 +285,8 @@ class Taker:
         while True:
             try:
                 return await self._store.take(job_id, epoch, giver=giver, taker=self._me.owner)
+            except LeaseLapsed:
+                raise  # an earlier attempt did not make us the owner either
             except Unavailable as error:
                 log.warning("job %s: not taken yet: %s", job_id, error)
                 await asyncio.sleep(RETRY_DELAY_S)

@@ -69,7 +69,10 @@ class Intake:
                 return
             shown = await self._resume(job, claim, delivery)
         if self._jobs.num_asserts != num_asserts:
-            return  # Redis lost data after the claim, and this job was not among those asserted: ack_wait brings it back
+            # Redis lost data, and this job was not among those asserted: void, unless the claim was made behind the assertion.
+            if await self._store.give_up(self._me.owner, job.job_id, claim.epoch):
+                await delivery.nak()
+            return
         prompt_ids = list(job.prompt_ids) if job.prompt_ids is not None else self._tokenizer.encode(
             job.text or "", add_special_tokens=job.params.add_special_tokens)
         active = open_job(self._tokenizer, job, epoch=claim.epoch, ack_subject=delivery.ack_subject, chains=(*claim.chains, self._me.owner),

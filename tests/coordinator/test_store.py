@@ -9,7 +9,7 @@ import redis.asyncio as redis
 
 from coordinator.embedded import EmbeddedServices
 from coordinator.errors import QueueFull, Unavailable
-from coordinator.store import AdmissionLimits, Claim, OwnedJob, Store, owner_name
+from coordinator.store import AdmissionLimits, Admitted, Claim, LeaseLapsed, OwnedJob, Store, owner_name
 
 pytestmark = pytest.mark.services
 LEASE_S = 0.4
@@ -103,6 +103,15 @@ async def test_hand_over_is_a_compare_and_set_and_the_giver_is_not_fenced(store:
     await lapse(store, d, p, e)
     taken = await claim(store, e)
     assert taken.unfenced == (d,) and set(taken.chains) == {p, d}
+
+
+async def test_a_taker_whose_lease_lapsed_leaves_the_handle_to_others(store: Store) -> None:
+    p, d, e = await register(store, "p"), await register(store, "d"), await register(store, "e")
+    epoch = (await claim(store, p)).epoch
+    await lapse(store, d, p, e)
+    with pytest.raises(LeaseLapsed):
+        await store.take("j", epoch, giver=p, taker=d)
+    assert await store.take("j", epoch, giver=p, taker=e) == (True, False)
 
 
 async def test_taking_back_voids_the_handle_that_is_out(store: Store) -> None:
@@ -252,44 +261,48 @@ async def test_the_watcher_sees_what_a_lapsed_owner_held_and_nothing_of_the_livi
     assert (await claim(store, b)).unfenced == (a,)
 
 
+async def admit(store: Store, job: str, klass: str, tokens: int, tenant: str, limits: AdmissionLimits) -> bool:
+    return await store.admit(Admitted(job_id=job, origin="o", klass=klass, tenant=tenant, prompt_tokens=tokens, max_new_tokens=0), limits)
+
+
 async def test_a_class_admits_tokens_up_to_its_bound_and_again_when_jobs_are_over(store: Store) -> None:
     limits = AdmissionLimits(max_class_tokens=100)
-    await store.admit("a", "normal", 60, "", limits)
-    await store.admit("a", "normal", 60, "", limits)  # the retry of the same job counts once
+    await admit(store, "a", "normal", 60, "", limits)
+    await admit(store, "a", "normal", 60, "", limits)  # the retry of the same job counts once
     with pytest.raises(QueueFull, match="class normal"):
-        await store.admit("b", "normal", 60, "", limits)
-    await store.admit("c", "batch", 60, "", limits)
+        await admit(store, "b", "normal", 60, "", limits)
+    await admit(store, "c", "batch", 60, "", limits)
     await store.finish("any.1", "a")
-    await store.admit("b", "normal", 60, "", limits)
+    await admit(store, "b", "normal", 60, "", limits)
 
 
 async def test_one_job_larger_than_the_whole_bound_is_admitted_when_the_class_is_empty(store: Store) -> None:
-    await store.admit("huge", "normal", 500, "", AdmissionLimits(max_class_tokens=100))
+    await admit(store, "huge", "normal", 500, "", AdmissionLimits(max_class_tokens=100))
 
 
 async def test_a_tenant_is_bounded_by_jobs_by_tokens_and_by_its_share_of_a_full_class(store: Store) -> None:
-    await store.admit("1", "normal", 10, "x", AdmissionLimits(max_tenant_jobs=1))
+    await admit(store, "1", "normal", 10, "x", AdmissionLimits(max_tenant_jobs=1))
     with pytest.raises(QueueFull, match=r"tenant x \(1 open jobs"):
-        await store.admit("2", "normal", 10, "x", AdmissionLimits(max_tenant_jobs=1))
+        await admit(store, "2", "normal", 10, "x", AdmissionLimits(max_tenant_jobs=1))
     with pytest.raises(QueueFull, match=r"tenant x \(15 open tokens"):
-        await store.admit("2", "normal", 10, "x", AdmissionLimits(max_tenant_tokens=15))
+        await admit(store, "2", "normal", 10, "x", AdmissionLimits(max_tenant_tokens=15))
     limits = AdmissionLimits(max_class_tokens=100)
-    await store.admit("2", "normal", 30, "x", limits)
-    await store.admit("3", "normal", 10, "y", limits)
+    await admit(store, "2", "normal", 30, "x", limits)
+    await admit(store, "3", "normal", 10, "y", limits)
     with pytest.raises(QueueFull, match=r"tenant x \(50 open tokens"):
-        await store.admit("4", "normal", 20, "x", limits)
-    await store.admit("5", "normal", 35, "y", limits)
+        await admit(store, "4", "normal", 20, "x", limits)
+    await admit(store, "5", "normal", 35, "y", limits)
 
 
 async def test_admissions_whose_producer_died_are_found_and_counted_out(store: Store) -> None:
     limits = AdmissionLimits(max_class_tokens=100)
-    await store.admit("lost", "normal", 100, "", limits)
+    await admit(store, "lost", "normal", 100, "", limits)
     assert await store.stale_admissions(3600) == []
     while not (stale := await store.stale_admissions(0)):
         pass
     assert stale == ["lost"]
     await store.discharge("lost")
-    await store.admit("next", "normal", 100, "", limits)
+    await admit(store, "next", "normal", 100, "", limits)
 
 
 async def test_one_leads_at_a_time(store: Store) -> None:

@@ -150,10 +150,13 @@ async def test_submitting_the_same_job_again_shows_the_first_answer(client: Toke
     assert len(worker.jobs) == 1
 
 
-async def test_a_job_that_is_open_cannot_be_submitted_again(client: TokenmillClient) -> None:
-    await client.submit([1], job_id="mine")
-    with pytest.raises(InvalidField, match="job_id: mine is open"):
-        await client.submit([1], job_id="mine")
+async def test_a_job_submitted_again_while_it_is_open_is_read_by_the_newer_handle(client: TokenmillClient, bus: Bus, model: str) -> None:
+    first = await client.submit([1], job_id="mine")
+    second = await client.submit([1], job_id="mine")
+    assert first.is_superseded and not second.is_superseded
+    assert sum((await bus.counters(model))["jobs"].values()) == 1
+    with pytest.raises(JobFailed, match="closed"):
+        await first.result()
 
 
 @pytest.mark.parametrize(("reason", "error"), [("cancelled", ""), ("expired", ""), ("error", "max_new_tokens: the pool is too small")])

@@ -22,6 +22,7 @@ SWITCHES = {
     "read_first": "the new owner reads the chains before it fences them",
     "skip_empty_chains": "a chain without frames is not fenced",
     "forget_chains": "the new owner reads only the chains that it fenced",
+    "fold_gaps": "a last frame is taken for the end although tokens before it are missing",
     "fence_givers": "a claim also fences those who gave the job away",
     "no_condemn": "an owner from whom a job was taken may renew its lease",
     "ack_early": "the message is acknowledged while the job runs",
@@ -45,6 +46,7 @@ SWITCHES = {
     "claim_before_announce": "a worker claims before its roster message is stored",
     "announce_first": "a worker is on the roster before it has a lease",
     "assert_offered": "a giver asserts the jobs that it has offered",
+    "keep_claiming": "a claim granted before the loss goes on with fencing and reading after it",
     "take_unswept": "an asserted job is handed over before a claim swept the roster",
     "forget_loser": "of two that assert a job, the loser is not remembered as to be fenced",
     "plain_epochs": "epochs count from what Redis remembers, without the clock",
@@ -93,7 +95,7 @@ class Setting:
 class Local(NamedTuple):
     """What one incarnation knows of one job. The phases, in their usual order:
 
-    idle got fence read work fold finish ack | offered (giver) | copy copied sure (taker) | leaking (broken rule only)
+    idle got fence work fold finish ack | offered (giver) | copy copied sure (taker) | gap | leaking (broken rule only)
     """
 
     pc: str = "idle"
@@ -108,9 +110,9 @@ class Local(NamedTuple):
 
 
 IDLE = Local()
-HOLDING = ("fence", "read", "work", "fold", "finish", "ack", "offered")
+HOLDING = ("fence", "work", "gap", "fold", "finish", "ack", "offered")
 ASSERTED = ("work", "fold")
-DROPPED = ("fence", "offered")    # claimed but not yet read, or perhaps taken by somebody: only a new claim can tell
+DROPPED = ("fence", "gap", "offered")    # claimed but not yet read, or perhaps taken by somebody: only a new claim can tell
 
 
 class Slot(NamedTuple):
@@ -159,7 +161,7 @@ class Job(NamedTuple):
 
 
 class Chain(NamedTuple):
-    frames: tuple[tuple[int, int | str], ...] = ()   # (job, token index or reason)
+    frames: tuple[tuple[int, int, str], ...] = ()   # (job, first index, reason of a last frame or "")
     is_sealed: bool = False
 
 
@@ -254,19 +256,34 @@ def next_epoch(m: Setting, s: State, j: int) -> int:
     return s.jobs[j].top + 1
 
 
-def frames_of(m: Setting, s: State, j: int, owners: frozenset[int] | None = None) -> tuple[list[int], list[str]]:
-    """(token indices in order, reasons of last frames) of a job on these owners' chains; None: on all."""
+class Shown(NamedTuple):
+    """What some chains hold of a job: token indices in order, and (index, reason) of last frames."""
+
+    tokens: list[int]
+    ends: list[tuple[int, str]]
+
+    @property
+    def is_gapless(self) -> bool:
+        return self.tokens == list(range(len(self.tokens))) and all(at == len(self.tokens) for at, _ in self.ends)
+
+    @property
+    def record(self) -> tuple[int | str, ...]:
+        return (*self.tokens, *(reason for _, reason in self.ends))
+
+
+def read(m: Setting, s: State, j: int, owners: frozenset[int] | None = None) -> Shown:
+    """A job's frames on these owners' chains; None: on all."""
     tokens: list[int] = []
-    ends: list[str] = []
+    ends: list[tuple[int, str]] = []
     for w, per_origin in enumerate(s.chains):
         if owners is None or w in owners:
-            for job, what in per_origin[m.origin(j)].frames:
+            for job, at, reason in per_origin[m.origin(j)].frames:
                 if job == j:
-                    if isinstance(what, int):
-                        tokens.append(what)
+                    if reason:
+                        ends.append((at, reason))
                     else:
-                        ends.append(what)
-    return sorted(tokens), ends
+                        tokens.append(at)
+    return Shown(sorted(tokens), ends)
 
 
 def end(s: State, w: int) -> State:
@@ -274,13 +291,16 @@ def end(s: State, w: int) -> State:
     return with_slot(s, w, Slot("gone", False, (IDLE,) * len(s.slots[w].local)))
 
 
-def emit(m: Setting, s: State, w: int, j: int, what: int | str, after: Local) -> State:
-    """One compare-and-set publish on the worker's chain. A tombstone there ends the incarnation, which registers anew."""
+def emit(m: Setting, s: State, w: int, j: int, reason: str, after: Local) -> State:
+    """One compare-and-set publish on the worker's chain: the next token, or with a reason the last frame.
+
+    A tombstone there ends the incarnation, which registers anew.
+    """
     chain = s.chains[w][m.origin(j)]
     if chain.is_sealed:
         return with_lease(end(s, w), w, "none")
     # Sorted: no rule looks at the order of frames within one chain, and fewer states differ.
-    chain = chain._replace(frames=tuple(sorted((*chain.frames, (j, what)), key=str)))
+    chain = Chain(tuple(sorted((*chain.frames, (j, s.slots[w].local[j].next_token, reason)))))
     return with_local(s._replace(chains=put(s.chains, w, put(s.chains[w], m.origin(j), chain))), w, j, after)
 
 
@@ -407,7 +427,7 @@ def assert_again(m: Setting, s: State, w: int) -> State:
     for j, local in enumerate(s.slots[w].local):
         if local.pc in phases:
             s = assert_job(m, s, w, j, local)
-        elif local.pc in DROPPED:
+        elif local.pc in DROPPED and not (local.pc == "fence" and "keep_claiming" in m.broken):
             s = with_local(s, w, j, IDLE)
             slot = s.slots[w]
             if slot.pin and slot.pin[0] == j:
@@ -458,7 +478,7 @@ def claim(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
         yield Step(f"{w} sees {j} done", with_local(s, w, j, Local("ack")))
         return
     if "cancel_skips_chain" in m.broken and job.is_cancelled:
-        tokens, _ = frames_of(m, s, j)
+        tokens = read(m, s, j).tokens
         yield Step(f"{w} cancels {j}", with_local(with_job(s, j, result=(*tokens, "cancelled")), w, j, Local("finish")))
     if not lives(s, w):
         return
@@ -477,9 +497,9 @@ def claim(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
     now = known(granted, j)
     assert now
     chains = now.unfenced | {w} if "forget_chains" in m.broken else now.chains
-    shown, ends = frames_of(m, s, j, now.chains)
+    shown = read(m, s, j, now.chains)
     unfenced = frozenset() if "no_fence" in m.broken else now.unfenced
-    fencing = Local("fence", now.epoch, len(shown) if "read_first" in m.broken and not ends else 0, chains, unfenced)
+    fencing = Local("fence", now.epoch, len(shown.tokens) if "read_first" in m.broken and not shown.ends else 0, chains, unfenced)
     yield Step(f"{w} claims {j}", with_local(granted, w, j, fencing))
     if s.left.lost_reply:
         yield Step(f"{w} claims {j}, reply lost", spend(granted, "lost_reply"), "fault")
@@ -516,10 +536,13 @@ def fence(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
             t = t._replace(flaw=f"worker {o} lives, is innocent, and was fenced")
         yield Step(f"{w} fences {o} for {j}", with_local(t, w, j, local._replace(unfenced=local.unfenced - {o})))
     if not local.unfenced:
-        tokens, ends = frames_of(m, s, j, local.chains)
-        index = local.next_token if "read_first" in m.broken and not ends else len(tokens)
-        after = local._replace(pc="fold" if ends else "work", next_token=index)
-        yield Step(f"{w} reads {len(tokens)} of {j}", with_local(s, w, j, after))
+        shown = read(m, s, j, local.chains)
+        after = local._replace(pc="fold" if shown.ends else "work", next_token=len(shown.tokens))
+        if not shown.is_gapless and "fold_gaps" not in m.broken:
+            after = after._replace(pc="gap")
+        elif "read_first" in m.broken and not shown.ends:
+            after = local._replace(pc="work")
+        yield Step(f"{w} reads {len(shown.tokens)} of {j}", with_local(s, w, j, after))
 
 
 def work(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
@@ -528,7 +551,7 @@ def work(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
         yield Step(f"{w} acks {j} early", with_job(s, j, message="gone"))
     if local.next_token < m.tokens:
         after = local._replace(next_token=local.next_token + 1)
-        yield Step(f"{w} emits {local.next_token} of {j}", emit(m, s, w, j, local.next_token, after))
+        yield Step(f"{w} emits {local.next_token} of {j}", emit(m, s, w, j, "", after))
     else:
         yield Step(f"{w} emits the last frame of {j}", emit(m, s, w, j, "stop", local._replace(pc="fold")))
     if job.is_cancelled:
@@ -553,14 +576,19 @@ def work(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
 
 def leak(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
     local = s.slots[w].local[j]
-    yield Step(f"{w}'s late frame of {j} is stored", emit(m, s, w, j, local.next_token if local.next_token < m.tokens else "stop", IDLE))
+    yield Step(f"{w}'s late frame of {j} is stored", emit(m, s, w, j, "" if local.next_token < m.tokens else "stop", IDLE))
+
+
+def gap(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
+    """Chains that this worker does not know of hold frames: it is not the owner any more, and its own chain will tell it."""
+    yield Step(f"{w} emits an error for {j}", emit(m, s, w, j, "error", s.slots[w].local[j]._replace(pc="fold")))
 
 
 def offered(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
     local, slot = s.slots[w].local[j], s.slots[w]
     if local.flag:
         after = local._replace(next_token=local.next_token + 1, flag=False)
-        yield Step(f"{w} emits {local.next_token} of {j} after all", emit(m, s, w, j, local.next_token, after))
+        yield Step(f"{w} emits {local.next_token} of {j} after all", emit(m, s, w, j, "", after))
     if "cancel_while_offered" in m.broken and s.jobs[j].is_cancelled:
         yield Step(f"{w} emits cancelled for {j}", emit(m, s, w, j, "cancelled", local._replace(pc="fold")))
     unpinned = slot._replace(pin=None) if slot.pin and slot.pin[0] == j else slot
@@ -612,9 +640,9 @@ def take(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
 
 
 def fold(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
-    tokens, ends = frames_of(m, s, j, s.slots[w].local[j].chains)
+    shown = read(m, s, j, s.slots[w].local[j].chains)
     following = "ack" if "ack_before_done" in m.broken else "finish"
-    t = s if s.jobs[j].result is not None else with_job(s, j, result=(*tokens, *ends))
+    t = s if s.jobs[j].result is not None else with_job(s, j, result=shown.record)
     yield Step(f"{w} folds {j}", with_local(t, w, j, s.slots[w].local[j]._replace(pc=following)))
 
 
@@ -636,7 +664,7 @@ def acknowledge(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
 Act = Callable[[Setting, State, int, int], Iterator[Step]]
 ACTS: dict[str, tuple[Act, ...]] = {
     "idle": (pull, drop_handle), "got": (claim,), "fence": (fence,), "work": (work, drop_handle), "offered": (offered,),
-    "copy": (copy,), "copied": (copy,), "sure": (take,), "leaking": (leak,),
+    "copy": (copy,), "copied": (copy,), "sure": (take,), "leaking": (leak,), "gap": (gap,),
     "fold": (fold,), "finish": (finish,), "ack": (acknowledge,),
 }
 
@@ -648,15 +676,15 @@ def wrong(m: Setting, s: State) -> str:
     if s.flaw:
         return s.flaw
     for j, job in enumerate(s.jobs):
-        tokens, ends = frames_of(m, s, j)
-        if tokens != list(range(len(tokens))):
-            return f"job {j}: token indices stored: {tokens}"
-        if len(ends) > 1:
-            return f"job {j}: {len(ends)} last frames"
-        if ends == ["stop"] and len(tokens) != m.tokens:
-            return f"job {j}: stopped after {len(tokens)} of {m.tokens} tokens"
-        if job.result is not None and job.result != (*tokens, *ends):
-            return f"job {j}: final record {job.result}, readers saw {(*tokens, *ends)}"
+        shown = read(m, s, j)
+        if shown.tokens != list(range(len(shown.tokens))):
+            return f"job {j}: token indices stored: {shown.tokens}"
+        if len(shown.ends) > 1:
+            return f"job {j}: {len(shown.ends)} last frames"
+        if not shown.is_gapless or any(reason == "error" or (reason == "stop" and at != m.tokens) for at, reason in shown.ends):
+            return f"job {j}: ended as {shown.ends[0]} after {len(shown.tokens)} of {m.tokens} tokens"
+        if job.result is not None and job.result != shown.record:
+            return f"job {j}: final record {job.result}, readers saw {shown.record}"
         if job.message == "gone" and job.result is None:
             return f"job {j}: acknowledged without a final record: lost"
     return ""

@@ -58,7 +58,13 @@ EPOCHS_START_AGAIN = ("0 pulls 0", "0 claims 0, reply lost", "0 claims 0", "0 re
 ROSTER_GROWS = ("0 registers", "0 announces", "Redis is emptied", "0 asserts", "grace is over", "0 pulls 0", "0 reads the roster for 0",
                 "redeliver job 0", "1 registers", "1 announces", "1 pulls 0", "1 reads the roster for 0", "1 claims 0", "1 reads 0 of 0")
 
+# A paused claimant knows too few chains: later owners wrote on one that it never heard of, and again on one that it reads.
+READS_TOO_LITTLE = (*CLAIMED, "0 emits 0 of 0", "0 gives 0 up", "redeliver job 0", "0 pulls 0", "redeliver job 0", "1 pulls 0",
+                    "redeliver job 0", "1 claims 0", "lease of 1 lapses", "2 pulls 0", "2 claims 0", "2 fences 1 for 0", "2 reads 1 of 0",
+                    "2 emits 1 of 0", "2 gives 0 up", "0 claims 0", "0 reads 2 of 0")
+
 STORIES = {
+    "a paused claimant reads too little": (READS_TOO_LITTLE, Setting(workers=3, faults=Faults(give=2, lapse=1))),
     "taken over": (TAKEN_OVER, Setting(workers=3, faults=Faults(lapse=1, empty=1))),
     "handed over": (HANDED_OVER, Setting(workers=3, faults=Faults(give=1, crash=1, empty=1))),
     "epochs start again": (EPOCHS_START_AGAIN, Setting(workers=3, tokens=1, faults=Faults(empty=2, lapse=1, lost_reply=1))),
@@ -83,6 +89,7 @@ BROKEN = {
     "read_first": (TOKENS, (), Setting(faults=Faults(lapse=1))),
     "skip_empty_chains": (TOKENS, (), Setting(faults=Faults(lapse=1))),
     "forget_chains": (TOKENS, (), Setting(faults=Faults(give=1))),
+    "fold_gaps": (RECORD, READS_TOO_LITTLE, Setting(workers=3, faults=Faults(give=2, lapse=1))),
     "fence_givers": (FENCED, (), Setting(faults=Faults(give=1))),
     "no_condemn": (FENCED, (), Setting(faults=Faults(lapse=1))),
     "ack_early": (LOST, (), Setting()),
@@ -95,7 +102,7 @@ BROKEN = {
     "no_generation": (PAGES, (), Setting(jobs=2, decoders=1, faults=Faults(give=2))),
     "take_back_same_epoch": (TOKENS, (), Setting(faults=Faults(give=1))),
     "give_up_in_flight": (TOKENS, (), Setting(faults=Faults(give=1))),
-    "cancel_while_offered": ("2 last frames", (), Setting(faults=Faults(give=1, cancel=1))),
+    "cancel_while_offered": ("ended as", (), Setting(faults=Faults(give=1, cancel=1))),
     "cancel_skips_chain": (RECORD, (), Setting(faults=Faults(cancel=1))),
     "trust_older": (TOKENS, (), Setting(faults=Faults(older=1))),
     "no_grace": (FENCED, (), Setting(faults=Faults(empty=1))),
@@ -106,6 +113,7 @@ BROKEN = {
     "claim_before_announce": (TOKENS, (), Setting(joins=True, tokens=1, faults=Faults(empty=1, lapse=1))),
     "announce_first": (FENCED, (), Setting(joins=True, faults=Faults(empty=1))),
     "assert_offered": (FENCED, HANDED_OVER, Setting(workers=3, faults=Faults(empty=1, give=1, crash=1))),
+    "keep_claiming": (TOKENS, (), Setting(tokens=1, faults=Faults(empty=1))),
     "take_unswept": (TOKENS, TAKEN_OVER, Setting(workers=3, tokens=3, faults=Faults(lapse=2, empty=1, give=1))),
     "plain_epochs": (FENCED, EPOCHS_START_AGAIN, Setting(workers=3, tokens=1, faults=Faults(empty=2, lapse=1, lost_reply=1))),
     "plain_epochs forget_loser": (TOKENS, EPOCHS_START_AGAIN, Setting(workers=3, tokens=1, faults=Faults(empty=2, lapse=1, lost_reply=1))),
