@@ -44,7 +44,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--rounds", type=int, default=5, help="of each figure, after one that warms up (default: %(default)s)")
     parser.add_argument("--queue_requests", type=int, default=300, help="for the queue path (default: %(default)s)")
-    parser.add_argument("--num_threads", type=int, default=0, help="CPU threads for farm and peer alike (default: all cores)")
+    parser.add_argument("--num_threads", type=int, default=0,
+                        help="CPU threads for farm and peer alike (default: what each chooses; transformers takes all cores)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
     parser.add_argument("--out", type=Path, default=RESULTS, help="writes OUT.json, .md, .png (default: %(default)s)")
     return parser.parse_args(argv)
@@ -57,7 +58,7 @@ class Bench:
         self._arguments = arguments
         self._scratch = scratch
         self._progress = progress
-        self._num_threads = arguments.num_threads or usable_cores()
+        self._num_threads = arguments.num_threads
 
     def run(self) -> list[Row]:
         arguments = self._arguments
@@ -73,7 +74,7 @@ class Bench:
         sections, rounds = self._arguments.sections, self._arguments.rounds
         target = Target.parse(url.rstrip("/") + farm_figures.LIGHTLLM.path)
         prompts = farm_figures.Prompts(vocab_size_of(self._arguments.model_dir), self._arguments.seed)
-        peer = TransformersPeer(self._arguments.model_dir, self._num_threads)
+        peer = TransformersPeer(self._arguments.model_dir, self._num_threads or usable_cores())
         rows: list[Row] = []
         if "single" in sections:
             rows += farm_figures.single_stream(target, peer, prompts, rounds, self._step("single stream", rounds + 1))

@@ -28,7 +28,7 @@ def running_farm(model_dir: Path, state_dir: Path, *, num_threads: int, ready_s:
     log_path = state_dir / "farm.log"
     command = [
         sys.executable, "-m", "tokenmill", "serve", "--model_dir", str(model_dir.resolve()), "--port", "0",
-        "--state_dir", str(state_dir / "data"), "--num_threads", str(num_threads), *flags,
+        "--state_dir", str(state_dir / "data"), *(["--num_threads", str(num_threads)] if num_threads else []), *flags,
     ]  # fmt: skip
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # a clone need not be installed
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": search}

@@ -3,7 +3,7 @@
 Every change is one Lua script, atomic and fenced by (epoch, owner); docs/protocol.md has the rules and what each field is for. All keys
 share one hash tag, so that they live in one slot of a cluster. Time is the server's (TIME), never a client's clock.
 
-    {tokenmill}:meta            hash   run, era, grace_until, jobs_floor, incarnation, seen
+    {tokenmill}:meta            hash   run, era, grace_until, jobs_floor, incarnation, seen, hold_until
     {tokenmill}:leases          hash   "worker.incarnation" -> expiry, ms
     {tokenmill}:workers         hash   "worker.incarnation" -> msgpack of what the worker says of itself
     {tokenmill}:job:<id>        hash   state, epoch, owner, era, is_swept, chains, unfenced, ack, origin, model, cancelled, taken
@@ -35,23 +35,26 @@ SOCKET_TIMEOUT_S = 1.0
 
 # Head of every script: the server's clock, and the era. Another server process (restart, failover, restore) or missing meta data means
 # that anything may have been lost: a new era begins, in whose first lease (grace) living owners say again what they own. A Redis that
-# heard nobody for half a lease was itself away (owners renew five times a lease): leases did not lapse for lack of life, so grace too.
+# heard nobody for half a lease was itself away (owners renew five times a lease): leases did not lapse for lack of life, so nobody is
+# condemned for another lease. That is a hold and no grace: nothing was lost, so nobody asserts.
 _HEAD = """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local meta, leases = KEYS[1], KEYS[2]
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
-local m = redis.call('HMGET', meta, 'run', 'era', 'grace_until', 'jobs_floor', 'seen')
+local m = redis.call('HMGET', meta, 'run', 'era', 'grace_until', 'jobs_floor', 'seen', 'hold_until')
 local era, grace_until, floor, silence = m[2], tonumber(m[3] or '0'), m[4], now - tonumber(m[5] or '0')
+local hold_until = tonumber(m[6] or '0')
 if m[1] ~= run then
   era, grace_until, floor = run .. ':' .. string.format('%.0f', now), now + tonumber(ARGV[1]), false
   redis.call('HSET', meta, 'run', run, 'era', era, 'grace_until', string.format('%.0f', grace_until))
   redis.call('HDEL', meta, 'jobs_floor')
   redis.call('DEL', leases)
 elseif m[5] and silence > ARGV[1] / 2 then
-  grace_until = math.max(grace_until, now + tonumber(ARGV[1]))
-  redis.call('HSET', meta, 'grace_until', string.format('%.0f', grace_until))
+  hold_until = now + tonumber(ARGV[1])
+  redis.call('HSET', meta, 'hold_until', string.format('%.0f', hold_until))
 end
+hold_until = math.max(hold_until, grace_until)
 if not m[5] or silence > ARGV[1] / 10 then redis.call('HSET', meta, 'seen', string.format('%.0f', now)) end
 local function int(n) return string.format('%.0f', n) end
 local function lives(owner)
@@ -123,11 +126,13 @@ elseif floor and tonumber(ARGV[7]) > tonumber(floor) then
   is_swept = true
 end
 local must_condemn = owner ~= '' and owner ~= me
-if (must_condemn or not is_swept) and now < grace_until then return {'wait', int(grace_until - now), need_floor} end
+if must_condemn and now < hold_until then return {'wait', int(hold_until - now), need_floor} end
+if not is_swept and now < grace_until then return {'wait', int(grace_until - now), need_floor} end
 if not is_swept then
   if ARGV[9] ~= era then return {'need_roster', era, need_floor} end
   for _, o in ipairs(words(ARGV[10])) do
-    if o ~= me and not lives(o) then unfenced = with(unfenced, o) end
+    -- A lapsed owner has an entry and may renew: it is no concern of this job. Only those without one can never come back.
+    if o ~= me and redis.call('HEXISTS', leases, o) == 0 then unfenced = with(unfenced, o) end
     chains = with(chains, o)
   end
 end
@@ -172,7 +177,7 @@ return {'taken', f[5] or ''}
 # KEYS: .. job. ARGV: lease_ms owner epoch. A new epoch for the same owner: handles that are out are void from here on.
 _TAKE_BACK = """
 local f = redis.call('HMGET', KEYS[3], 'owner', 'epoch', 'state', 'era', 'is_swept')
-if f[1] ~= ARGV[2] or f[2] ~= ARGV[3] or f[3] ~= 'owned' or f[4] ~= era or f[5] ~= '1' or not lives(ARGV[2]) then return '0' end
+if f[1] ~= ARGV[2] or f[2] ~= ARGV[3] or f[3] ~= 'owned' or f[4] ~= era or f[5] ~= '1' then return '0' end
 local epoch = int(tonumber(f[2]) + 1)
 redis.call('HSET', KEYS[3], 'epoch', epoch)
 return epoch
@@ -261,7 +266,7 @@ return 1
 # KEYS: .. job owned. ARGV: lease_ms owner epoch job blame. Only when every own frame of the job was answered.
 _GIVE_UP = """
 local f = redis.call('HMGET', KEYS[3], 'owner', 'epoch', 'state', 'era')
-if f[1] ~= ARGV[2] or f[2] ~= ARGV[3] or f[3] ~= 'owned' or f[4] ~= era or not lives(ARGV[2]) then return 0 end
+if f[1] ~= ARGV[2] or f[2] ~= ARGV[3] or f[3] ~= 'owned' or f[4] ~= era then return 0 end
 redis.call('SREM', KEYS[4], ARGV[4])
 local on_trial = redis.call('HGET', KEYS[3], 'on_trial') == '1'
 if ARGV[5] == 'crash' then redis.call('HINCRBY', KEYS[3], on_trial and 'trial_crashes' or 'crashes', 1) end
@@ -310,7 +315,7 @@ return 1
 
 # KEYS: .. owned. ARGV: lease_ms owner. (job id, ack subject) of what a lapsed owner holds; nothing of a living one, or in grace.
 _ORPHANS = """
-if lives(ARGV[2]) or now < grace_until then return {} end
+if lives(ARGV[2]) or now < hold_until then return {} end
 local found = {}
 for _, id in ipairs(redis.call('SMEMBERS', KEYS[3])) do
   local f = redis.call('HMGET', '{tokenmill}:job:' .. id, 'owner', 'ack', 'state')
@@ -321,7 +326,7 @@ return found
 
 # KEYS: .. workers owned. ARGV: lease_ms owner. Condemns. Job records keep naming the dead owner: its chain is still to be fenced.
 _BURY = """
-if lives(ARGV[2]) or now < grace_until then return 0 end
+if lives(ARGV[2]) or now < hold_until then return 0 end
 redis.call('HDEL', leases, ARGV[2])
 redis.call('HDEL', KEYS[3], ARGV[2])
 redis.call('DEL', KEYS[4])

@@ -141,15 +141,16 @@ class TokenmillClient:
         if job.job_id in self._open:
             return await self.follow(job.job_id)
         if self.store is not None and not await self.store.admit(_as_admitted(job, prompt), self._limits):
-            return await self.follow(job.job_id)
+            return await self._submit_again(job, self.store)
         # Frames of a new job come after all that were seen until now; a job submitted again may have some anywhere.
         handle = self._open[job.job_id] = JobHandle(self, job, self.catch_up.last_seq if job_id is None else 0)
         try:
             await self.bus.publish_job(job, deadline_s=self.submit_timeout_s)
         except Unavailable:
             self.forget(handle)
-            with contextlib.suppress(Unavailable):  # it may have been stored all the same: then nobody waits for it
-                await self.cancel(job.job_id)
+            if job_id is None:  # it may have been stored all the same, and nobody can ask for it again
+                with contextlib.suppress(Unavailable):
+                    await self.cancel(job.job_id)
             raise
         except BaseException:
             self.forget(handle)
@@ -160,6 +161,13 @@ class TokenmillClient:
         if job_id is not None:
             self.catch_up.want(handle.job_id)
         return handle
+
+    async def _submit_again(self, job: Job, store: Store) -> JobHandle:
+        """A job whose id was admitted before, by a producer that may have died before it published."""
+        known = await store.job(job.job_id)
+        if "state" not in known:  # nobody has claimed it yet. A second copy in the queue would be harmless: it is claimed once
+            await self.bus.publish_job(replace(job, origin=known.get("origin", job.origin)), deadline_s=self.submit_timeout_s)
+        return await self.follow(job.job_id)
 
     async def follow(self, job_id: str) -> JobHandle:
         """Read a job from its first token, whoever submitted it. A handle that is open on it in this client closes: the newest reads.

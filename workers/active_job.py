@@ -42,6 +42,7 @@ class ActiveJob:
     num_pinned_tokens: int = 0
     offered_at: float = 0.0            # monotonic seconds
     is_cancelled: bool = False
+    has_record: bool = False           # its final record is stored
     is_swept: bool = True              # Redis knows everybody who may have emitted for it; false after it was asserted
     pending: list[TokenRun] = field(default_factory=list)
 

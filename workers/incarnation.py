@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 BEAT_S = subjects.ACK_WAIT_S / 3
 DEADLINE_CHECK_S = 0.1
 MAX_REMEMBERED_CANCELS = 100_000
+ROSTER_PERIOD_S = subjects.ROSTER_MAX_AGE_S / 24
 MAX_PULL = 16
 MAX_IMPORTS = 8
 SETTLE_S = 2.0
@@ -83,7 +84,8 @@ class Incarnation:
             self._pulling = Pulling(self._bus, job_consumers(self._model), self._room_for_jobs, intake.accept)
         self.jobs.on_change = self._pulling.on_change
         await self._pulling.start()
-        self._tasks = [asyncio.create_task(self._beat_forever()), asyncio.create_task(self._watch_deadlines())]
+        self._tasks = [asyncio.create_task(self._beat_forever()), asyncio.create_task(self._stay_on_roster()),
+                       asyncio.create_task(self._watch_deadlines())]
 
     def _info(self) -> dict[str, Any]:
         engine, stats, layout = self._settings.engine, self.stats, self._ready.layout
@@ -166,6 +168,12 @@ class Incarnation:
                 if active.phase is not Phase.IMPORTING:
                     with contextlib.suppress(Unavailable):
                         await self._bus.progress(active.ack_subject)
+
+    async def _stay_on_roster(self) -> None:
+        while True:
+            await asyncio.sleep(ROSTER_PERIOD_S)
+            with contextlib.suppress(Unavailable):
+                await self._bus.roster_add(self.me.worker, self.me.incarnation)
 
     async def _watch_deadlines(self) -> None:
         while True:

@@ -20,6 +20,7 @@ from workers.jobs import Identity, Jobs
 log = logging.getLogger(__name__)
 
 WAIT_STEP_S = 0.25
+MAX_CHAINS = 8
 
 
 class Intake:
@@ -61,13 +62,11 @@ class Intake:
             await delivery.ack()
         if claim.state != "granted":
             return
-        shown = Shown()
+        shown: Shown | None = Shown()
         if claim.chains or claim.unfenced or delivery.num_delivered > 1:
-            if await self._bus.get_result(job.job_id) is not None:
-                await self._store.finish(self._me.owner, job.job_id)
-                await delivery.ack()
-                return
-            shown = await self._resume(job, claim, delivery)
+            shown = await self._pick_up(job, claim, delivery)
+        if shown is None:
+            return
         if self._jobs.num_asserts != num_asserts:
             # Redis lost data, and this job was not among those asserted: void, unless the claim was made behind the assertion.
             if await self._store.give_up(self._me.owner, job.job_id, claim.epoch):
@@ -132,14 +131,30 @@ class Intake:
             await delivery.in_progress()
             await asyncio.sleep(min(claim.wait_s, WAIT_STEP_S))
 
+    async def _pick_up(self, job: Job, claim: Claim, delivery: Delivery) -> Shown | None:
+        """What was shown; None: the job is over, and tidied away. Tried until it works: it is ours, so nobody else would do it."""
+        while True:
+            try:
+                if await self._bus.get_result(job.job_id) is None:
+                    return await self._resume(job, claim, delivery)
+                await self._store.finish(self._me.owner, job.job_id)
+                await delivery.ack()
+                return None
+            except Unavailable as error:
+                log.warning("job %s: not read yet: %s", job.job_id, error)
+                await asyncio.sleep(WAIT_STEP_S)
+
     async def _resume(self, job: Job, claim: Claim, delivery: Delivery) -> Shown:
         """Fence those from whom the job was taken, then read what readers were shown: in this order, and before a word of our own."""
         for owner in claim.unfenced:
             await self._bus.fence(_chain_of(job, owner), by=self._me.owner)
             await self._store.fenced(job.job_id, owner)
+        owners = {*claim.chains, *claim.unfenced, self._me.owner}
+        # After a sweep the whole roster may have emitted: then one read of everything of this producer is less.
+        chains = [_chain_of(job, owner) for owner in owners] if len(owners) <= MAX_CHAINS else [subjects.chains(job.origin)]
         runs: list[tuple[str, TokenRun]] = []
-        for owner in {*claim.chains, *claim.unfenced, self._me.owner}:
-            found = await self._bus.read_chain(_chain_of(job, owner), start_time_ms=job_start_ms(delivery))
+        for chain in chains:
+            found = await self._bus.read_chain(chain, start_time_ms=job_start_ms(delivery))
             runs += [(subject, run) for subject, _, frame in found for run in frame.runs if run.job_id == job.job_id]
         shown = fold(runs)
         log.info("job %s: taken over at epoch %d, %d tokens were shown", job.job_id, claim.epoch, len(shown.token_ids))

@@ -81,8 +81,9 @@ class Jobs:
             if active.phase in (Phase.OFFERED, Phase.IMPORTING):
                 self.forget(active)
             active.is_swept = False
+        # A job with its final record is over: asserted, nothing would ever take its claim away again.
         return [OwnedJob(job_id=a.job.job_id, epoch=a.epoch, ack=a.ack_subject, origin=a.job.origin, model=a.job.model, chains=a.chains)
-                for a in self._active.values()]
+                for a in self._active.values() if not a.has_record]
 
     def add(self, active: ActiveJob) -> None:
         former = self._active.get(active.job.job_id)
@@ -183,6 +184,7 @@ class Jobs:
         """The last frame stands on the chain: final record, then acknowledge, then done. Each step may be repeated by anyone."""
         record = active.record()
         await self.until_available(lambda: self._bus.put_result(record))
+        active.has_record = True
         # `done` before the acknowledgement: a crash in between leaves a message, and that brings somebody who cleans up.
         await self.until_available(lambda: self._store.finish(self.me.owner, active.job.job_id))
         await self.until_available(lambda: self._bus.ack(active.ack_subject))

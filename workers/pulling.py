@@ -61,8 +61,9 @@ class Pulling:
             except Unavailable as error:
                 log.warning("pull: %s", error)
                 await asyncio.sleep(RETRY_S)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), LOOK_AGAIN_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_AGAIN_S):  # wait_for() of Python 3.11 may swallow the cancellation by close()
+                    await self._changed.wait()
 
     async def _fill_room(self) -> None:
         room = self._room() - len(self._taken_up)

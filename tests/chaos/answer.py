@@ -20,7 +20,6 @@ class Answer:
     ended_at: float = 0.0
     violations: list[str] = field(default_factory=list)     # what no client may ever see
     num_retries: int = 0                                    # connections that broke, or were refused
-    former_ids: list[str] = field(default_factory=list)     # ids that were given up: refused, or lost before the door told them
 
     def take(self, index: int, token_id: int, text: str) -> None:
         """The next token, as a reader got it."""

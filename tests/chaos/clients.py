@@ -7,8 +7,8 @@ from itertools import count
 
 import httpx
 
-from coordinator.errors import JobFailed, MalformedMessage, TokenmillError, Unavailable
-from coordinator.messages import new_job_id, unpack_ids
+from coordinator.errors import JobFailed, Unavailable
+from coordinator.messages import new_job_id
 from producers.client import TokenmillClient
 from tests.chaos.answer import Answer
 from tests.chaos.workload import Spec
@@ -60,11 +60,8 @@ class Clients:
                 try:
                     if response.status_code == 200:
                         is_accepted = True
-                        answer.job_id = response.headers.get(JOB_ID, answer.job_id)
                         await _read_events(response, answer)
-                    elif is_accepted and response.status_code == 404:
-                        await recovered(self._direct, answer)
-                    elif is_accepted:
+                    elif is_accepted and response.status_code in (404, 503):   # 404: Redis has lost its data, its owner will say
                         await self._back_off(answer)
                     else:
                         await self._refused(answer, response)
@@ -87,7 +84,8 @@ class Clients:
                 await self._refused(answer, response)
                 continue
             body = response.json()
-            answer.job_id = response.headers[JOB_ID]
+            if (given := response.headers[JOB_ID]) != answer.job_id:
+                answer.violations.append(f"asked for as {answer.job_id}, answered as {given}")
             for token in body["tokens"]:
                 answer.take(token["count_output_tokens"] - 1, token["id"], token["text"])
             answer.end(body["finish_reason"])
@@ -100,7 +98,7 @@ class Clients:
                 handle = await self._direct.submit(answer.spec.prompt, answer.spec.params, job_id=answer.job_id)
                 break
             except Unavailable:
-                await self._back_off(answer, is_refused=True)
+                await self._back_off(answer)
         try:
             async for token in handle.stream():
                 answer.take(token.index, token.id, token.text)
@@ -119,16 +117,13 @@ class Clients:
         """An answer with an error status before any token: busy doors are asked again, everything else is the end."""
         await response.aread()
         if response.status_code in (429, 503):
-            await self._back_off(answer, is_refused=True)
+            await self._back_off(answer)
         else:
             answer.violations.append(f"status {response.status_code}: {response.text[:300]}")
             answer.end("refused")
 
-    async def _back_off(self, answer: Answer, *, is_refused: bool = False) -> None:
+    async def _back_off(self, answer: Answer) -> None:
         answer.num_retries += 1
-        if is_refused:   # the door said that nothing was accepted: another try is another job
-            answer.former_ids.append(answer.job_id)
-            answer.job_id = new_job_id()
         await asyncio.sleep(RETRY_S)
 
 
@@ -150,19 +145,3 @@ async def _events(response: httpx.Response) -> AsyncIterator[dict]:  # type: ign
     async for line in response.aiter_lines():
         if line.startswith("data:"):
             yield json.loads(line[5:])
-
-
-async def recovered(direct: TokenmillClient, answer: Answer) -> None:
-    """The rest of an answer from its final record, for doors that cannot resume."""
-    while True:
-        try:
-            record = await direct.bus.get_result(answer.job_id)
-        except (TokenmillError, MalformedMessage):
-            record = None
-        if record is not None:
-            break
-        await asyncio.sleep(RETRY_S)
-    for index, (token_id, text) in enumerate(zip(unpack_ids(record.token_ids), record.texts, strict=True)):
-        if index >= len(answer.token_ids):
-            answer.take(index, token_id, text)
-    answer.end(record.reason)

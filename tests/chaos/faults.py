@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import signal
 from collections.abc import Awaitable, Callable
 
 import redis
@@ -83,6 +84,25 @@ def stop_server(which: str, seconds: float) -> Callable[[ChaosFarm], Awaitable[N
     return strike
 
 
+def kill_all(names: tuple[str, ...]) -> Callable[[ChaosFarm], Awaitable[None]]:
+    async def strike(farm: ChaosFarm) -> None:
+        await asyncio.gather(*(farm.kill(name) for name in names))
+        for name in names:
+            farm.restart(name)
+
+    return strike
+
+
+async def rolling_restart(farm: ChaosFarm) -> None:
+    """SIGTERM to one worker after the other, each started again before the next: nothing has to be taken over."""
+    for name in WORKERS:
+        farm.processes[name].signal(signal.SIGTERM)
+        status = await farm.wait_ended(name)
+        assert status == 0, f"{name} ended with status {status} on SIGTERM\n{farm.processes[name].log[-3000:]}"
+        farm.restart(name)
+        await farm.restarted()
+
+
 async def kill_watcher_and_a_worker(farm: ChaosFarm) -> None:
     """Whoever watches leases dies together with a decode worker: somebody else must notice both."""
     leader = await farm.watch_leader()
@@ -93,28 +113,55 @@ async def kill_watcher_and_a_worker(farm: ChaosFarm) -> None:
         farm.restart(name)
 
 
-ALL: dict[str, Callable[[int], Scenario]] = {}
+def cut(service: str, seconds: float, *, reset: bool) -> Callable[[ChaosFarm], Awaitable[None]]:
+    """The network between NATS or Redis and one of the workers that reach it through a proxy."""
+    async def strike(farm: ChaosFarm) -> None:
+        proxies = [proxy for (_, name), proxy in farm.proxies.items() if name == service]
+        await _drawn.choice(proxies).cut(seconds, reset=reset)
 
-
-def _add(name: str, fault: Callable[[ChaosFarm], Awaitable[None]], at: tuple[float, ...] = (0.25,), **more: float) -> None:
-    ALL[name] = lambda num_jobs: Scenario(name=name, fault=fault, num_jobs=num_jobs, at=at, **more)  # type: ignore[arg-type]
+    return strike
 
 
 THRICE = (0.15, 0.4, 0.65)
-_add("decode worker SIGKILL", one_of(DECODES, kill), THRICE)
-_add("prefill worker SIGKILL", one_of(PREFILLS, kill), THRICE)
-_add("decode engine SIGKILL", one_of(DECODES, kill_engine), THRICE)
-_add("prefill engine SIGKILL", one_of(PREFILLS, kill_engine), THRICE)
-_add("decode worker SIGSTOP 10 s", one_of(DECODES, stop(10.0)))
-_add("prefill worker SIGSTOP 10 s", one_of(PREFILLS, stop(10.0)))
-_add("decode engine SIGSTOP 10 s", one_of(DECODES, stop_engine(10.0)))
-_add("shim SIGKILL", one_of(SHIMS, kill), THRICE)
-_add("shim SIGSTOP 10 s", one_of(SHIMS, stop(10.0)), patience_s=3.0)
-_add("nats-server SIGKILL", restart_nats(0.0), THRICE)
-_add("nats-server away 4 s", restart_nats(4.0))
-_add("nats-server SIGSTOP 10 s", stop_server("nats", 10.0))
-_add("Valkey SIGKILL", restart_redis(0.0), THRICE)
-_add("Valkey away 4 s", restart_redis(4.0))
-_add("Valkey SIGSTOP 10 s", stop_server("redis", 10.0))
-_add("Valkey FLUSHALL", flush_redis, THRICE)
-_add("lease watcher SIGKILL", kill_watcher_and_a_worker, THRICE)
+
+LONG = [
+    Scenario(name="decode worker SIGKILL", fault=one_of(DECODES, kill), at=THRICE),
+    Scenario(name="prefill worker SIGKILL", fault=one_of(PREFILLS, kill), at=THRICE),
+    Scenario(name="decode engine SIGKILL", fault=one_of(DECODES, kill_engine), at=THRICE),
+    Scenario(name="prefill engine SIGKILL", fault=one_of(PREFILLS, kill_engine), at=THRICE),
+    Scenario(name="decode worker SIGSTOP 10 s", fault=one_of(DECODES, stop(10.0))),
+    Scenario(name="decode worker SIGSTOP 20 s", fault=one_of(DECODES, stop(20.0))),
+    Scenario(name="prefill worker SIGSTOP 15 s", fault=one_of(PREFILLS, stop(15.0))),
+    Scenario(name="decode engine SIGSTOP 10 s", fault=one_of(DECODES, stop_engine(10.0))),
+    Scenario(name="prefill engine SIGSTOP 10 s", fault=one_of(PREFILLS, stop_engine(10.0))),
+    Scenario(name="every decode worker SIGKILL", fault=kill_all(DECODES), at=(0.3,)),
+    Scenario(name="every prefill worker SIGKILL", fault=kill_all(PREFILLS), at=(0.3,)),
+    Scenario(name="REST shim SIGKILL", fault=one_of(SHIMS, kill), at=THRICE),
+    Scenario(name="REST shim SIGSTOP 12 s", fault=one_of(SHIMS, stop(12.0)), patience_s=3.0),
+    Scenario(name="lease watcher and a worker SIGKILL", fault=kill_watcher_and_a_worker, at=THRICE),
+    Scenario(name="nats-server SIGKILL", fault=restart_nats(0.0), at=THRICE),
+    Scenario(name="nats-server away 4 s", fault=restart_nats(4.0)),
+    Scenario(name="nats-server SIGSTOP 10 s", fault=stop_server("nats", 10.0)),
+    Scenario(name="Valkey SIGKILL", fault=restart_redis(0.0), at=THRICE),
+    Scenario(name="Valkey away 4 s", fault=restart_redis(4.0)),
+    Scenario(name="Valkey SIGSTOP 10 s", fault=stop_server("redis", 10.0)),
+    Scenario(name="Valkey FLUSHALL", fault=flush_redis, at=THRICE),
+    Scenario(name="rolling restart of every worker", fault=rolling_restart, at=(0.2,)),
+]
+
+PARTITIONS = [
+    Scenario(name="NATS cut from a worker 3 s, reset", fault=cut("nats", 3.0, reset=True), at=(0.25, 0.6)),
+    Scenario(name="NATS cut from a worker 10 s, silent", fault=cut("nats", 10.0, reset=False)),
+    Scenario(name="Redis cut from a worker 3 s, reset", fault=cut("redis", 3.0, reset=True), at=(0.25, 0.6)),
+    Scenario(name="Redis cut from a worker 10 s, silent", fault=cut("redis", 10.0, reset=False)),
+]
+
+SHORT = [
+    Scenario(name="decode worker SIGKILL", fault=one_of(DECODES, kill), at=(0.2,)),
+    Scenario(name="prefill worker SIGKILL", fault=one_of(PREFILLS, kill), at=(0.2,)),
+    Scenario(name="decode worker SIGSTOP 4 s", fault=one_of(DECODES, stop(4.0)), at=(0.2,)),
+    Scenario(name="REST shim SIGKILL", fault=one_of(SHIMS, kill), at=(0.2,)),
+    Scenario(name="nats-server SIGKILL", fault=restart_nats(0.0), at=(0.2,)),
+    Scenario(name="Valkey SIGKILL", fault=restart_redis(0.0), at=(0.2,)),
+    Scenario(name="Valkey FLUSHALL", fault=flush_redis, at=(0.2,)),
+]

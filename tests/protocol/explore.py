@@ -207,7 +207,11 @@ def main(argv: list[str] | None = None) -> int:
                       origins=tuple(flags.origins), faults=Faults(*(getattr(flags, name) for name in Faults._fields)),
                       broken=frozenset(flags.broken))
     if not flags.walks:
-        report = explore(setting, flags.max_states)
+        try:
+            report = explore(setting, flags.max_states)
+        except TooLarge as error:
+            print(f"{error}; no rule was broken in those")
+            return 2
         print(report)
         return int(bool(report.problem))
     generator, num_steps, began = random.Random(flags.seed), 0, time.perf_counter()

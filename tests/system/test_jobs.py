@@ -58,7 +58,7 @@ async def wait_done(http: httpx.AsyncClient, url: str, job_id: str) -> dict[str,
     return seen
 
 
-async def test_a_stream_that_was_cut_goes_on_at_another_shim_without_gap_or_repeat(farm: Farm, second: str, http: httpx.AsyncClient) -> None:
+async def test_a_cut_stream_goes_on_at_another_shim_without_gap_or_repeat(farm: Farm, second: str, http: httpx.AsyncClient) -> None:
     detailed = {**SHORT, "parameters": {**SHORT["parameters"], "return_details": True}}
     whole = (await http.post(f"{farm.url(PD)}/generate", json=detailed)).json()
     job_id = new_job_id()
