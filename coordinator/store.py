@@ -184,12 +184,15 @@ return epoch
 """
 
 # KEYS: .. open load tenants job. ARGV: lease_ms job class tokens tenant max_class_tokens max_tenant_jobs max_tenant_tokens (0: none)
-#   origin prompt_tokens ttl. The job's record gets what a reader at another shim needs (and no era: it counts as missing for claims).
+#   origin prompt_tokens ttl is_named. The job's record gets what a reader at another shim needs; without an era it is missing for claims.
 # Open work is what was admitted and has no final record. Above half of a class' bound, no tenant may hold more than its share.
 _ADMIT = """
 local id, klass, tokens, tenant = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
 local most, most_jobs, most_tokens = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
-if redis.call('HEXISTS', KEYS[3], id) == 1 or redis.call('HEXISTS', KEYS[6], 'origin') == 1 then return {'known'} end
+if redis.call('HEXISTS', KEYS[3], id) == 1 then return {'known', '0'} end
+if ARGV[12] == '1' and redis.call('HEXISTS', KEYS[6], 'origin') == 1 then return {'known', '0'} end
+-- Counted in beside its publish, it may be over by now.
+if redis.call('HGET', KEYS[6], 'state') == 'done' then return {'ok', '0'} end
 local queued = tonumber(redis.call('HGET', KEYS[4], klass) or '0') + tokens
 local jobs = tonumber(redis.call('HGET', KEYS[4], 'jobs ' .. tenant) or '0') + 1
 local held = tonumber(redis.call('HGET', KEYS[5], tenant) or '0') + tokens
@@ -206,7 +209,7 @@ redis.call('HINCRBY', KEYS[4], 'jobs ' .. tenant, 1)
 redis.call('HINCRBY', KEYS[5], tenant, tokens)
 redis.call('HSET', KEYS[6], 'origin', ARGV[9], 'prompt_tokens', ARGV[10])
 redis.call('EXPIRE', KEYS[6], ARGV[11])
-return {'ok'}
+return {'ok', int(queued)}
 """
 
 # KEYS: .. job. ARGV: lease_ms reader
@@ -433,6 +436,7 @@ class Admitted:
     tenant: str
     prompt_tokens: int
     max_new_tokens: int
+    is_named: bool = True        # by its client, so that it may be known already
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -584,26 +588,26 @@ class Store:
         state, *lost = await self._call("assert", [self._key("workers"), self._owned(owner)], owner, msgpack.packb(info), JOB_TTL_S, *flat)
         return {_text(job_id) for job_id in lost} if _text(state) == "ok" else None
 
-    async def admit(self, job: "Admitted", limits: "AdmissionLimits") -> bool:
-        """Count a job in before it is published; its `finish` counts it out. False: a job of this id is known already.
+    async def admit(self, job: "Admitted", limits: "AdmissionLimits") -> int | None:
+        """Count a job in; its `finish` counts it out. The class' open tokens with it; None: a job of this id is known already.
 
         Raises QueueFull when the class or the tenant is at its bound.
         """
         state, *bound = await self._call(
             "admit", [self._key("open"), self._key("load"), self._key("tenants"), self._job(job.job_id)], job.job_id, job.klass,
             job.prompt_tokens + job.max_new_tokens, job.tenant or "-", limits.max_class_tokens, limits.max_tenant_jobs,
-            limits.max_tenant_tokens, job.origin, job.prompt_tokens, JOB_TTL_S)
+            limits.max_tenant_tokens, job.origin, job.prompt_tokens, JOB_TTL_S, int(job.is_named))
         tenant, klass = job.tenant, job.klass
         match _text(state):
             case "known":
-                return False
+                return None
             case "tenant_jobs":
                 raise QueueFull(f"of tenant {tenant or '(none)'} ({_text(bound[0])} open jobs)")
             case "tenant_tokens" | "tenant_share":
                 raise QueueFull(f"of tenant {tenant or '(none)'} ({_text(bound[0])} open tokens)")
             case "class_tokens":
                 raise QueueFull(f"of class {klass} ({_text(bound[0])} open tokens)")
-        return True
+        return int(bound[0])
 
     async def note_reader(self, job_id: str, reader: str) -> None:
         """Somebody reads this job's answer now: who read it before need not cancel it."""

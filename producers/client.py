@@ -31,6 +31,7 @@ from coordinator.sampling import SamplingParams
 from coordinator.store import AdmissionLimits, Admitted, Store
 from producers.catch_up import CatchUp
 from producers.job_handle import JobHandle, JobResult, Token
+from producers.open_work import OpenWork
 
 __all__ = ["JobHandle", "JobResult", "Token", "TokenmillClient"]
 
@@ -51,7 +52,7 @@ class TokenmillClient:
         self.model = subjects.model_token(model)
         self.origin = check_id("origin", origin)
         self._yielded_s = 0.0
-        self._limits = limits or AdmissionLimits()
+        self._open_work = OpenWork(store, limits or AdmissionLimits()) if store is not None else None
         self._live: Subscription | None = None
         self._peers: dict[str, TokenmillClient] = {}   # by origin: readers of other producers' jobs
         self._open: dict[str, JobHandle] = {}
@@ -91,6 +92,8 @@ class TokenmillClient:
         for peer in self._peers.values():
             await peer._stop_listening()
         await self._stop_listening()
+        if self._open_work is not None:
+            await self._open_work.settle()
         await self.bus.close()
         if self.store is not None:
             await self.store.close()
@@ -140,8 +143,8 @@ class TokenmillClient:
             traceparent=traceparent)
         if job.job_id in self._open:
             return await self.follow(job.job_id)
-        if self.store is not None and not await self.store.admit(_as_admitted(job, prompt), self._limits):
-            return await self._submit_again(job, self.store)
+        if self._open_work is not None and not await self._open_work.count_in(_as_admitted(job, prompt, is_named=job_id is not None)):
+            return await self._submit_again(job)
         # Frames of a new job come after all that were seen until now; a job submitted again may have some anywhere.
         handle = self._open[job.job_id] = JobHandle(self, job, self.catch_up.last_seq if job_id is None else 0)
         try:
@@ -154,17 +157,18 @@ class TokenmillClient:
             raise
         except BaseException:
             self.forget(handle)
-            if self.store is not None:
+            if self._open_work is not None:
                 with contextlib.suppress(Unavailable):  # the watcher finds it later
-                    await self.store.discharge(job.job_id)
+                    await self._open_work.count_out(job.job_id)
             raise
         if job_id is not None:
             self.catch_up.want(handle.job_id)
         return handle
 
-    async def _submit_again(self, job: Job, store: Store) -> JobHandle:
+    async def _submit_again(self, job: Job) -> JobHandle:
         """A job whose id was admitted before, by a producer that may have died before it published."""
-        known = await store.job(job.job_id)
+        assert self.store is not None
+        known = await self.store.job(job.job_id)
         if "state" not in known:  # nobody has claimed it yet. A second copy in the queue would be harmless: it is claimed once
             await self.bus.publish_job(replace(job, origin=known.get("origin", job.origin)), deadline_s=self.submit_timeout_s)
         return await self.follow(job.job_id)
@@ -261,8 +265,8 @@ class TokenmillClient:
             self.catch_up.want(job_id)
 
 
-def _as_admitted(job: Job, prompt: str | Sequence[int]) -> Admitted:
+def _as_admitted(job: Job, prompt: str | Sequence[int], *, is_named: bool) -> Admitted:
     # Text that a worker will tokenize counts by a rule of thumb.
     prompt_tokens = 1 + len(prompt) // 4 if isinstance(prompt, str) else len(prompt)
     return Admitted(job_id=job.job_id, origin=job.origin, klass=job.klass, tenant=job.tenant, prompt_tokens=prompt_tokens,
-                    max_new_tokens=job.params.max_new_tokens)
+                    max_new_tokens=job.params.max_new_tokens, is_named=is_named)

@@ -8,11 +8,13 @@ from coordinator.fold import Shown
 from coordinator.messages import FinalRecord, Finish, Job, TokenRun
 from coordinator.stop_strings import StopStringMatcher
 from coordinator.tokenizer import Tokenizer
+from workers.engine_messages import Failed, Pinned, TokenRow
 
 
 class Phase(enum.Enum):
-    """Where a job is in this worker. The owner in Redis is this incarnation in all of them but IMPORTING."""
+    """Where a job is in this worker. The owner in Redis is this incarnation in all of them but CLAIMING and IMPORTING."""
 
+    CLAIMING = "claiming"      # in the engine already, so that prefill does not wait for Redis; nothing is said before the claim stands
     RUNNING = "running"        # in the engine: waiting, in prefill or in decode
     OFFERED = "offered"        # role prefill: pages pinned, a handle is out
     IMPORTING = "importing"    # role decode: pages being copied; the giver still owns the job
@@ -45,6 +47,7 @@ class ActiveJob:
     has_record: bool = False           # its final record is stored
     is_swept: bool = True              # Redis knows everybody who may have emitted for it; false after it was asserted
     pending: list[TokenRun] = field(default_factory=list)
+    early: list[TokenRow | Pinned | Failed] = field(default_factory=list)   # what the engine said while CLAIMING
 
     @property
     def num_output(self) -> int:
@@ -99,13 +102,16 @@ class ActiveJob:
 
 
 def open_job(tokenizer: Tokenizer, job: Job, *, epoch: int, ack_subject: str, chains: tuple[str, ...], prompt_ids: list[int],
-             shown: Shown) -> ActiveJob:
-    """A job as a new owner takes it up: text state is rebuilt by replaying the tokens that were shown."""
+             shown: Shown, life: str = "") -> ActiveJob:
+    """A job as a new owner takes it up: text state is rebuilt by replaying the tokens that were shown.
+
+    `life` tells this life from others of the same job in the engine (default: its epoch).
+    """
     params = job.params
     detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens,
                                          spaces_between_special_tokens=params.add_spaces_between_special_tokens)
     matcher = StopStringMatcher(params.stop_strings)
     for token_id in shown.token_ids:
         matcher.feed(detokenizer.add(token_id))
-    return ActiveJob(job=job, key=f"{job.job_id}:{epoch}", epoch=epoch, ack_subject=ack_subject, chains=chains, prompt_ids=prompt_ids,
-                     shown=shown, detokenizer=detokenizer, matcher=matcher, num_stored=len(shown.token_ids))
+    return ActiveJob(job=job, key=f"{job.job_id}:{life or epoch}", epoch=epoch, ack_subject=ack_subject, chains=chains,
+                     prompt_ids=prompt_ids, shown=shown, detokenizer=detokenizer, matcher=matcher, num_stored=len(shown.token_ids))

@@ -54,6 +54,7 @@ class Giver:
         self._jobs = jobs
         self._tasks: set[asyncio.Task[None]] = set()
         jobs.on_offerable = self.maybe_offer
+        jobs.on_pinned = self.on_pinned
 
     async def start(self) -> None:
         self._requests = await self._bus.subscribe(subjects.kv(self._me.worker, self._me.incarnation), self._on_request)
@@ -61,6 +62,9 @@ class Giver:
 
     def on_pinned(self, pinned: Pinned) -> None:
         active = self._jobs.by_key(pinned.job_id)
+        if active is not None and active.phase is Phase.CLAIMING:
+            active.early.append(pinned)
+            return
         if active is None or active.phase is not Phase.RUNNING:
             return  # ended meanwhile: its Cancel is on the way to the engine
         active.generation = pinned.generation

@@ -101,7 +101,7 @@ class Incarnation:
         """Jobs that may be pulled: slots free in the engine, and not more prompt tokens waiting than two steps compute."""
         if not self._may_take or self.jobs.num_waiting_tokens >= 2 * self._ready.chunk_size:
             return 0
-        return min(self._ready.max_num_seqs - self.jobs.num_in(Phase.RUNNING), MAX_PULL)
+        return min(self._ready.max_num_seqs - self.jobs.num_in(Phase.RUNNING, Phase.CLAIMING), MAX_PULL)
 
     def _room_for_handles(self) -> int:
         """Handles that may be pulled: a few imports ahead at most, or a full worker would hoard what others could run."""
@@ -165,7 +165,7 @@ class Incarnation:
         while True:
             await asyncio.sleep(BEAT_S)
             for active in self.jobs.all():
-                if active.phase is not Phase.IMPORTING:
+                if active.phase not in (Phase.IMPORTING, Phase.CLAIMING):
                     with contextlib.suppress(Unavailable):
                         await self._bus.progress(active.ack_subject)
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 
 from coordinator import subjects
 from coordinator.bus import Bus, Delivery
@@ -35,6 +36,7 @@ class Intake:
         self._is_cancelled = is_cancelled
         self._claiming: set[str] = set()
         self.num_refused = 0
+        self._lives = count()
 
     async def accept(self, delivery: Delivery) -> None:
         """Ends with the job claimed, the delivery acknowledged, or left to its live owner."""
@@ -57,7 +59,20 @@ class Intake:
             self._claiming.discard(job.job_id)
 
     async def _claim(self, job: Job, delivery: Delivery, refusal: str) -> None:
-        claim, num_asserts = await self._ask(job, delivery)
+        prompt_ids = list(job.prompt_ids) if job.prompt_ids is not None else self._tokenizer.encode(
+            job.text or "", add_special_tokens=job.params.add_special_tokens)
+        early = self._start_early(job, delivery, prompt_ids) if delivery.num_delivered == 1 and not refusal else None
+        try:
+            claim, num_asserts = await self._ask(job, delivery)
+            if early is not None and self._is_plain(job, claim) and self._jobs.num_asserts == num_asserts:
+                self._jobs.confirm(early, claim.epoch)
+                return
+        except BaseException:
+            if early is not None:
+                self._jobs.forget(early)
+            raise
+        if early is not None:
+            self._jobs.forget(early)
         if claim.state == "done":
             await delivery.ack()
         if claim.state != "granted":
@@ -72,8 +87,6 @@ class Intake:
             if await self._store.give_up(self._me.owner, job.job_id, claim.epoch):
                 await delivery.nak()
             return
-        prompt_ids = list(job.prompt_ids) if job.prompt_ids is not None else self._tokenizer.encode(
-            job.text or "", add_special_tokens=job.params.add_special_tokens)
         active = open_job(self._tokenizer, job, epoch=claim.epoch, ack_subject=delivery.ack_subject, chains=(*claim.chains, self._me.owner),
                           prompt_ids=prompt_ids, shown=shown)
         if shown.finish is not None:
@@ -91,6 +104,20 @@ class Intake:
             self._jobs.start_trial(active)
         else:
             self._jobs.start(active)
+
+    def _start_early(self, job: Job, delivery: Delivery, prompt_ids: list[int]) -> ActiveJob | None:
+        """A job's first delivery is nearly always ours to run: prefill begins while Redis is asked. Nothing is emitted before it agrees."""
+        if self._is_cancelled(job.job_id):
+            return None
+        active = open_job(self._tokenizer, job, epoch=0, ack_subject=delivery.ack_subject, chains=(self._me.owner,), prompt_ids=prompt_ids,
+                          shown=Shown(), life=f"early{next(self._lives)}")
+        self._jobs.start_early(active)
+        return active
+
+    def _is_plain(self, job: Job, claim: Claim) -> bool:
+        """Granted, and nobody had the job before us."""
+        return (claim.state == "granted" and not claim.chains and not claim.unfenced and not claim.record.is_suspect
+                and self._reason_to_end(job, claim) is None)
 
     async def _condemn(self, active: ActiveJob, claim: Claim, delivery: Delivery) -> None:
         """A job that takes its workers down with it is withdrawn, whole and with its history."""

@@ -12,7 +12,7 @@ from coordinator.store import Blame, OwnedJob, Store, owner_name
 from workers.active_job import ActiveJob, Phase
 from workers.emitter import Emitter
 from workers.engine_link import EngineLink
-from workers.engine_messages import AddSequence, Cancel, Failed, Tokens
+from workers.engine_messages import AddSequence, Cancel, Failed, Pinned, TokenRow, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +38,15 @@ class Identity:
 class Jobs:
     """Start, feed, end and forget jobs.
 
-    `on_prefilled` is told when a running job of role prefill may be offered; `on_change` when capacity may have changed.
+    `on_offerable` is told when a running job of role prefill may be offered, `on_pinned` what the engine pinned while its claim was asked
+    for, `on_change` when capacity may have changed.
     """
 
     def __init__(self, me: Identity, bus: Bus, store: Store, engine: EngineLink) -> None:
         self.me = me
         self.on_offerable: Callable[[ActiveJob], None] = lambda active: None
         self.on_change: Callable[[], None] = lambda: None
+        self.on_pinned: Callable[[Pinned], None] = lambda pinned: None
         self.emitter: Emitter
         self.num_finished = 0
         self.num_asserts = 0        # a claim or take from before the last one is void
@@ -78,7 +80,7 @@ class Jobs:
         """What to assert after Redis lost data: what we emit for or commit. The rest is dropped: somebody else may own it by now."""
         self.num_asserts += 1
         for active in self.all():
-            if active.phase in (Phase.OFFERED, Phase.IMPORTING):
+            if active.phase in (Phase.OFFERED, Phase.IMPORTING, Phase.CLAIMING):
                 self.forget(active)
             active.is_swept = False
         # A job with its final record is over: asserted, nothing would ever take its claim away again.
@@ -96,6 +98,25 @@ class Jobs:
         """Give a claimed job to the engine."""
         self.add(active)
         self._run(active)
+
+    def start_early(self, active: ActiveJob) -> None:
+        """Give the engine a job while its claim is being asked for; `confirm` or `forget` follows."""
+        active.phase = Phase.CLAIMING
+        self.start(active)
+
+    def confirm(self, active: ActiveJob, epoch: int) -> None:
+        """The claim stands: what the engine said meanwhile counts."""
+        active.epoch = epoch
+        active.phase = Phase.RUNNING
+        early, active.early = active.early, []
+        for event in early:
+            match event:
+                case TokenRow():
+                    self._on_row(active, event)
+                case Pinned():
+                    self.on_pinned(event)
+                case Failed():
+                    self.on_failed(event)
 
     def start_trial(self, active: ActiveJob) -> None:
         """Give a suspect to the engine when no other suspect runs here."""
@@ -151,17 +172,26 @@ class Jobs:
         for key, cached_tokens in tokens.prefilled:
             if (active := self._by_key.get(key)) is not None:
                 active.cached_tokens = cached_tokens
-        for key, _, token_id, logprob, finish in tokens.rows:
-            active = self._by_key.get(key)
-            if active is None or active.phase is not Phase.RUNNING:
-                continue
-            if active.push(self.me.owner, token_id, logprob, finish):
-                self._send_last(active)
-            else:
-                self.emitter.wake(active)
+        for row in tokens.rows:
+            active = self._by_key.get(row.job_id)
+            if active is not None and active.phase is Phase.RUNNING:
+                self._on_row(active, row)
+            elif active is not None and active.phase is Phase.CLAIMING:
+                active.early.append(row)
+
+    def _on_row(self, active: ActiveJob, row: TokenRow) -> None:
+        if active.phase is not Phase.RUNNING:
+            return  # an earlier row ended it
+        if active.push(self.me.owner, row.token_id, row.logprob, row.finish):
+            self._send_last(active)
+        else:
+            self.emitter.wake(active)
 
     def on_failed(self, failed: Failed) -> None:
-        if (active := self._by_key.get(failed.job_id)) is not None:
+        active = self._by_key.get(failed.job_id)
+        if active is not None and active.phase is Phase.CLAIMING:
+            active.early.append(failed)
+        elif active is not None:
             self.end(active, "error", f"{failed.field}: {failed.error}" if failed.field else failed.error)
 
     def by_key(self, key: str) -> ActiveJob | None:

@@ -14,6 +14,7 @@ from coordinator.messages import CLASSES
 log = logging.getLogger(__name__)
 
 PROBE_S = 2.0           # a pull that takes only what is there now
+PROBE_DELAY_S = 0.003   # after an arrival
 LOOK_AGAIN_S = 1.0      # without a sign of change, look at the room again after this
 RETRY_S = 0.5
 ACTIVE_S = 30.0         # a lane that brought something this recently is probed; the others have a pull standing open
@@ -122,7 +123,8 @@ class Pulling:
             self._taken_up.add(task)
             task.add_done_callback(self._done)
             self._should_probe = True
-            self._changed.set()
+            # First things first: what arrived is taken up before more is asked for.
+            asyncio.get_running_loop().call_later(PROBE_DELAY_S, self._changed.set)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._taken_up.discard(task)

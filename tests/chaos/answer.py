@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from tests.chaos.workload import Spec
 
@@ -40,9 +41,9 @@ class Answer:
     def longest_silence_s(self) -> float:
         """Between two pieces of news, the start and the end included."""
         times = [self.began_at, *self.arrivals, self.ended_at]
-        return max(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+        return max(later - earlier for earlier, later in pairwise(times))
 
     def silence_over(self, at: float) -> float:
         """The longest silence that lies, at least partly, after `at`."""
         times = [self.began_at, *self.arrivals, self.ended_at]
-        return max((later - earlier for earlier, later in zip(times, times[1:], strict=False) if later > at), default=0.0)
+        return max((later - earlier for earlier, later in pairwise(times) if later > at), default=0.0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from coordinator import subjects
 from coordinator.bus import Bus
-from coordinator.messages import FinalRecord, Frame, TokenRun, unpack_ids
+from coordinator.messages import FinalRecord, TokenRun, unpack_ids
 from tests.chaos.answer import Answer
 
 
@@ -24,7 +24,8 @@ class Verdict:
 
     @property
     def is_clean(self) -> bool:
-        return not (self.num_lost or self.num_duplicated_tokens or self.num_gaps or self.num_different or self.num_extra_records or self.details)
+        counts = (self.num_lost, self.num_duplicated_tokens, self.num_gaps, self.num_different, self.num_extra_records)
+        return not any(counts) and not self.details
 
 
 async def judge(bus: Bus, answers: Sequence[Answer], expected: dict[int, tuple[int, ...]], after_seq: int = 0) -> Verdict:
@@ -84,17 +85,13 @@ async def stored_runs(bus: Bus, after_seq: int = 0) -> dict[str, list[tuple[str,
     runs: defaultdict[str, list[tuple[str, TokenRun]]] = defaultdict(list)
     fenced: dict[str, int] = {}
     for subject, seq, frame in await bus.read_chain("out.>", start_seq=after_seq + 1):
-        if _is_tombstone(frame):
+        if frame.tombstone:
             fenced[subject] = seq
             continue
         assert subject not in fenced, f"{subject}: frame {seq} stands behind the tombstone at {fenced[subject]}"
         for run in frame.runs:
             runs[run.job_id].append((subject, run))
     return runs
-
-
-def _is_tombstone(frame: Frame) -> bool:
-    return bool(frame.tombstone)
 
 
 async def _records(bus: Bus) -> tuple[dict[str, FinalRecord], Counter[str]]:

@@ -52,7 +52,7 @@ def show(rows: Sequence[Row], title: str) -> None:
 def write(rows: Sequence[Row], path: Path, **about: object) -> None:
     """`path`.json and `path`.md; replaces what is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = [{name: None if isinstance(value, float) and math.isnan(value) else value for name, value in asdict(row).items()} for row in rows]
+    plain = [{name: None if value != value else value for name, value in asdict(row).items()} for row in rows]  # NaN is not JSON
     path.with_suffix(".json").write_text(json.dumps({**about, "scenarios": plain}, indent=2) + "\n")
     lines = ["# Faults and what they cost", "", *(f"- {name.replace('_', ' ')}: {value}" for name, value in about.items()), "",
              "| " + " | ".join(column.replace("_", " ") for column in COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]

@@ -12,7 +12,7 @@ from tests.chaos.faults import LONG, PARTITIONS
 from tests.chaos.scenario import Range, Scenario, open_range
 from tests.system.farm import ROOT
 
-pytestmark = [pytest.mark.chaos, pytest.mark.services, pytest.mark.system, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.chaos, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
 NUM_SPECS = 96
 LEASE_S = 5.0

@@ -261,7 +261,7 @@ async def test_the_watcher_sees_what_a_lapsed_owner_held_and_nothing_of_the_livi
     assert (await claim(store, b)).unfenced == (a,)
 
 
-async def admit(store: Store, job: str, klass: str, tokens: int, tenant: str, limits: AdmissionLimits) -> bool:
+async def admit(store: Store, job: str, klass: str, tokens: int, tenant: str, limits: AdmissionLimits) -> int | None:
     return await store.admit(Admitted(job_id=job, origin="o", klass=klass, tenant=tenant, prompt_tokens=tokens, max_new_tokens=0), limits)
 
 
