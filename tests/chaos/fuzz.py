@@ -7,8 +7,9 @@ from typing import Any
 import msgpack
 
 ODD_VALUES: list[Any] = [
-    None, True, -1, 0, 1, 2**31, 2**53, 2**63, 2**64 - 1, 0.5, -1e308, float("nan"), float("inf"), "", "x", "a.b", "*", ">", "a b",
-    "é" * 300, "-" * 5000, b"", b"\x00", b"\xff" * 7, [], [[]], [0] * 1000, {}, {"v": 1}, msgpack.ExtType(5, b"abc"), msgpack.Timestamp(1, 2),
+    None, True, -1, 0, 1, 2**31, 2**53, 2**63, 2**64 - 1, 0.5, -1e308, float("nan"), float("inf"),
+    "", "x", "a.b", "*", ">", "a b", "é" * 300, "-" * 5000, b"", b"\x00", b"\xff" * 7,
+    [], [[]], [0] * 1000, {}, {"v": 1}, msgpack.ExtType(5, b"abc"), msgpack.Timestamp(1, 2),
 ]
 
 
