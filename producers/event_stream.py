@@ -39,7 +39,10 @@ class EventStream(Response):
                 # All that has come since the last write goes out as one; a slow client makes this wait, and us read later.
                 await self._send(send, b"".join(map(self._encode, runs)))
             if handle.finish is None:
-                return  # the client has gone
+                if handle.is_superseded and not self._num_sent:
+                    taken_over = Unavailable(f"job {handle.job_id} is read by another request now: ask again")
+                    await error_response(taken_over)(scope, receive, send)
+                return  # the client has gone, or somebody else reads on
             if not self._num_sent and handle.finish.reason not in ("stop", "length"):
                 failed = JobFailed(handle.job_id, handle.finish.reason, handle.finish.error)
                 await error_response(failed)(scope, receive, send)

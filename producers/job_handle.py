@@ -148,6 +148,8 @@ class JobHandle:
                 await self.cancel()
 
     def _ended(self) -> Finish:
+        if self.tokens.finish is None and self.is_superseded:
+            raise Unavailable(f"job {self.job_id} is read by another request now: ask again")
         if self.tokens.finish is None:
             raise JobFailed(self.job_id, "cancelled", "this handle was closed before the job ended")
         return self.tokens.finish

@@ -15,10 +15,11 @@ import psutil
 
 from coordinator import subjects
 from coordinator.bus import Bus, Message
+from coordinator.connection import TOO_MANY_MESSAGES, ApiError
 from coordinator.messages import CLASSES, Frame, Job, new_job_id
 from coordinator.sampling import SamplingParams
 from producers.client import TokenmillClient
-from tests.chaos.chaos_farm import SHIMS, WORKERS, ChaosFarm
+from tests.chaos.chaos_farm import SHIMS, ChaosFarm
 from tests.chaos.fuzz import mutated
 from tests.chaos.workload import Spec, draw
 
@@ -178,18 +179,27 @@ async def kill_whoever_runs(farm: ChaosFarm, direct: TokenmillClient, job_id: st
     num_killed = 0
     while await direct.bus.get_result(job_id) is None:
         record = await direct.store.job(job_id)
-        name = record.get("owner", "").rpartition(".")[0]
-        # On the decode side, or while it waits for its first token.
-        if record.get("state") == "owned" and name in await farm.serving(WORKERS) and await _is_running(direct, job_id, record["owner"]):
-            await kill(name)
+        victim = await _alive(farm, direct, record.get("owner", "")) if record.get("state") == "owned" else None
+        if victim is not None and await _has_shown(direct, job_id, record["owner"]):
+            await kill(victim)
             num_killed += 1
-            farm.restart(name)
+            farm.restart(victim)
         await asyncio.sleep(0.02)
     return num_killed
 
 
-async def _is_running(direct: TokenmillClient, job_id: str, owner: str) -> bool:
-    """Whether this owner has shown a token of the job."""
+async def _alive(farm: ChaosFarm, direct: TokenmillClient, owner: str) -> str | None:
+    """The name of the process that is this very incarnation, if it still runs."""
+    assert direct.store is not None
+    for view in await direct.store.workers():
+        process = farm.processes.get(view.worker)
+        if f"{view.worker}.{view.incarnation}" == owner and process is not None and process.process.pid == view.info.get("pid"):
+            return view.worker
+    return None
+
+
+async def _has_shown(direct: TokenmillClient, job_id: str, owner: str) -> bool:
+    """Whether this owner has stored a token of the job: then it runs there."""
     worker, _, incarnation = owner.rpartition(".")
     frames = await direct.bus.read_chain(subjects.chain(direct.origin, worker, int(incarnation)))
     return any(run.job_id == job_id for _, _, frame in frames for run in frame.runs)
@@ -225,9 +235,9 @@ async def lie(farm: ChaosFarm, bus: Bus, heard: dict[str, list[bytes]], num_mess
             job = Job(job_id=job_ids[-1], origin=ORIGIN, model=farm.model_token, prompt_ids=tuple(range(5, 5 + drawn.randint(1, 40))),
                       params=SamplingParams(max_new_tokens=drawn.randint(1, 4)))
             subject = subjects.jobs(farm.model_token, drawn.choice(CLASSES))
-            await bus.store(subject, mutated(job.encode(), drawn), {})
+            await _store(bus, subject, mutated(job.encode(), drawn))
         elif word == "handoff":
-            await bus.store(subjects.handoff(farm.model_token), mutated(drawn.choice(heard["handoff"]), drawn), {})
+            await _store(bus, subjects.handoff(farm.model_token), mutated(drawn.choice(heard["handoff"]), drawn))
         elif word == "kv":
             await bus.publish(subjects.kv(*drawn.choice(owners)), mutated(drawn.choice(heard["kv"]), drawn))
         elif word == "cancel":
@@ -235,10 +245,20 @@ async def lie(farm: ChaosFarm, bus: Bus, heard: dict[str, list[bytes]], num_mess
         else:
             frame = mutated(drawn.choice([data for data in heard["out"][:200] if Frame.decode(data).runs]), drawn)
             if word == "out":
-                await bus.store(subjects.chain(ORIGIN, "ghost", 1 + index % 7), frame, {})
+                await _store(bus, subjects.chain(ORIGIN, "ghost", 1 + index % 7), frame)
             else:
                 await bus.publish(f"live.{drawn.choice((ORIGIN, 'chaos'))}.ghost.{index}", frame)
     await bus.flush()
     return sent, job_ids
 
 
+async def _store(bus: Bus, subject: str, data: bytes) -> None:
+    """Publish to a stream; when it is full, wait until the farm has made room."""
+    while True:
+        try:
+            await bus.store(subject, data, {})
+            return
+        except ApiError as error:
+            if error.err_code != TOO_MANY_MESSAGES:
+                raise
+            await asyncio.sleep(0.02)
