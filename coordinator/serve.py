@@ -64,6 +64,7 @@ class Child:
             self.process.wait()
         if self._lifeline >= 0:
             os.close(self._lifeline)
+            self._lifeline = -1
 
 
 class Stop(Exception):
@@ -98,9 +99,8 @@ def serve(flags: argparse.Namespace) -> int:
                     child.restart_if_dead()
                 time.sleep(POLL_S)
         except Stop:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
-            print("stopping …", file=sys.stderr, flush=True)
+            print(f"stopping: what runs may finish for {flags.drain_timeout:g} s; once more ends it at once (unfinished jobs stay in the "
+                  "queue)", file=sys.stderr, flush=True)
     return 0
 
 
@@ -163,8 +163,15 @@ def _start_children(flags: argparse.Namespace, nats_url: str, redis_url: str, po
 
     def stop_all() -> None:
         deadline = time.monotonic() + flags.drain_timeout + STOP_GRACE_S
-        for child in children:
-            child.terminate()
+        try:
+            for child in children:
+                child.terminate()
+            for child in children:
+                child.wait(deadline)
+        except Stop:
+            deadline = 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         for child in children:
             child.wait(deadline)
 

@@ -117,3 +117,22 @@ def test_three_processes_as_in_the_guide_answer_together(tmp_path: Path, tiny_v3
             process.send_signal(signal.SIGTERM)
         for process in started:
             assert process.wait(45) == 0
+
+
+def test_a_second_ctrl_c_ends_at_once_what_the_first_lets_finish(tmp_path: Path, tiny_v3: Path) -> None:
+    process, log = serve(tmp_path, "--model_dir", str(tiny_v3), "--port", "0", "--state_dir", str(tmp_path / "s"),
+                         "--max_total_token_num", "8192", "--drain_timeout", "600")
+    url = wait_url(process, log)
+    body = {"inputs": [5, 6], "parameters": {"max_new_tokens": 2400, "ignore_eos": True}}
+    with httpx.stream("POST", f"{url}/generate_stream", json=body, timeout=60) as response:
+        next(response.iter_lines())
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        give_up_at = time.monotonic() + 30
+        while "once more" not in log.read_text():
+            assert time.monotonic() < give_up_at
+            time.sleep(0.02)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+    wait_gone([p.pid for p in family])
