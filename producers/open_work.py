@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 FRESH_S = 1.0          # how long a class that was less than half full is taken to have room
 ROOMY = 0.5
+BESIDE_DELAY_S = 0.002   # the publish goes first: its way to the first token is the longer one
 
 
 class OpenWork:
@@ -54,6 +55,7 @@ class OpenWork:
         return True
 
     async def _count_in_beside(self, job: Admitted) -> None:
+        await asyncio.sleep(BESIDE_DELAY_S)
         try:
             await self._ask(job)
         except TokenmillError as error:

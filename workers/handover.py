@@ -20,6 +20,7 @@ from coordinator.messages import (
     Job,
     KVHandle,
     KVSource,
+    check_id,
     decode_map,
     encode_map,
     pack_floats,
@@ -31,7 +32,7 @@ from coordinator.store import LeaseLapsed, Store, owner_name
 from coordinator.tokenizer import Tokenizer
 from workers.active_job import ActiveJob, Phase, open_job
 from workers.engine_link import EngineLink
-from workers.engine_messages import Activate, Imported, ImportSequence, Pinned, PoolAddress, ReleasePin
+from workers.engine_messages import Activate, Failed, Imported, ImportSequence, Pinned, PoolAddress, ReleasePin
 from workers.jobs import Identity, Jobs
 
 log = logging.getLogger(__name__)
@@ -183,15 +184,24 @@ class Taker:
         self._engine = engine
         self._jobs = jobs
         self._is_cancelled = is_cancelled
-        self._imports: dict[str, asyncio.Future[Imported]] = {}
+        self._imports: dict[str, asyncio.Future[Imported | Failed]] = {}
 
     @property
     def num_importing(self) -> int:
         return len(self._imports)
 
     def on_imported(self, imported: Imported) -> None:
-        if (waiting := self._imports.get(imported.job_id)) is not None and not waiting.done():
-            waiting.set_result(imported)
+        self._arrived(imported.job_id, imported)
+
+    def on_failed(self, failed: Failed) -> bool:
+        """The engine can never run this import. False: it is no import."""
+        return self._arrived(failed.job_id, failed)
+
+    def _arrived(self, key: str, outcome: Imported | Failed) -> bool:
+        waiting = self._imports.get(key)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(outcome)
+        return waiting is not None
 
     def abandon(self) -> None:
         """We are leaving: handles whose pages are still on the way go to another worker."""
@@ -203,31 +213,40 @@ class Taker:
         """One handle from pull to decode. Leaves the delivery acknowledged, or put back for another worker."""
         try:
             handle = KVHandle.decode(delivery.data)
-            job = Job.decode(handle.job)
+            check_id("source", handle.source.worker)
+            active = self._open(Job.decode(handle.job), handle)
         except (MalformedMessage, InvalidField) as error:
             await self._bus.dead_letter(DeadLetter(subject=delivery.subject, reason=f"KV handle: {error}", payload=delivery.data,
                                                    at_ms=int(time.time() * 1000)), self._me.model)
             await delivery.ack()
             return
-        if (why := self._refusal(handle)) is not None:
-            log.error("job %s: %s", job.job_id, why)
+        try:
+            await self._take_up(active, handle, delivery)
+        except Unavailable as error:
+            log.warning("job %s: handle put back: %s", active.job.job_id, error)
+            if self._jobs.get(active.job.job_id) is active:
+                self._jobs.forget(active)
             await delivery.nak(RETRY_DELAY_S)
+
+    async def _take_up(self, active: ActiveJob, handle: KVHandle, delivery: Delivery) -> None:
+        job_id = active.job.job_id
+        if (why := self._refusal(handle)) is not None:
+            log.error("job %s: %s", job_id, why)
+            await self._put_back(handle, job_id, delivery)
             return
-        former = self._jobs.get(job.job_id)
-        if former is not None:
+        while (former := self._jobs.get(job_id)) is not None:
             if former.epoch > handle.epoch:
                 if former.phase is not Phase.IMPORTING:  # else the first copy may yet have to go back
                     await delivery.ack()
                 return
-            self._jobs.forget(former)
-        active = self._open(job, handle)
+            if await self._is_void(handle, job_id):
+                await delivery.ack()
+                return
+            if self._jobs.get(job_id) is former:
+                self._jobs.forget(former)
         self._jobs.add(active)
         try:
             await self._import(active, handle, delivery)
-        except Unavailable as error:
-            log.warning("job %s: handle put back: %s", job.job_id, error)
-            self._jobs.forget(active)
-            await delivery.nak(RETRY_DELAY_S)
         finally:
             self._imports.pop(active.key, None)
 
@@ -244,6 +263,8 @@ class Taker:
     def _open(self, job: Job, handle: KVHandle) -> ActiveJob:
         shown = Shown(token_ids=unpack_ids(handle.output), logprobs=unpack_floats(handle.logprobs), texts=list(handle.texts),
                       emitters=list(handle.emitters), epoch=handle.epoch)
+        if not len(shown.token_ids) == len(shown.logprobs) == len(shown.texts):
+            raise MalformedMessage("KV handle: output, logprobs and texts differ in length")
         active = open_job(self._tokenizer, job, epoch=handle.epoch + 1, ack_subject=handle.ack_subject,
                           chains=(*handle.chains, self._me.owner), prompt_ids=unpack_ids(handle.prompt_ids), shown=shown)
         active.phase = Phase.IMPORTING
@@ -257,19 +278,19 @@ class Taker:
             job_id=active.key, token_ids=pack_ids([*active.prompt_ids, *active.shown.token_ids]), num_prompt=len(active.prompt_ids),
             params=active.job.params, num_kv_tokens=handle.num_tokens, page_ids=handle.page_ids, layout=handle.layout,
             source=PoolAddress(address=source.address, num_pages=source.num_pages)))
-        imported = await arrived
+        outcome = await arrived
         question = {"job_id": active.job.job_id, "epoch": handle.epoch, "generation": handle.generation}
-        giver = owner_name(source.worker, source.incarnation)
-        is_confirmed = await self._confirm(source, question) if imported.ok else None
-        if not is_confirmed:
-            log.info("job %s: handle not used: %s", active.job.job_id, imported.error or "not confirmed by its source")
-            self._jobs.forget(active)
-            if is_confirmed is False or await self._is_void(handle, active.job.job_id, giver):
-                await delivery.ack()
-            else:  # nobody said that the pages are gone: the broker may have been away, or the giver slow
-                await delivery.nak(RETRY_DELAY_S)
-            return
-        taken, was_cancelled = await self._take(active.job.job_id, handle.epoch, giver)
+        if isinstance(outcome, Imported):
+            is_confirmed = await self._confirm(source, question) if outcome.ok else None
+            if not is_confirmed:
+                log.info("job %s: handle not used: %s", active.job.job_id, outcome.error or "not confirmed by its source")
+                self._jobs.forget(active)
+                if is_confirmed is False:
+                    await delivery.ack()
+                else:  # nobody said that the pages are gone: the broker may have been away, or the giver slow
+                    await self._put_back(handle, active.job.job_id, delivery)
+                return
+        taken, was_cancelled = await self._take(active.job.job_id, handle.epoch, owner_name(source.worker, source.incarnation))
         if not taken or active.phase is not Phase.IMPORTING:
             if taken:  # it was dropped here meanwhile (Redis had lost data): nobody would decode it
                 await self._jobs.until_available(lambda: self._jobs.put_back(active))
@@ -279,6 +300,8 @@ class Taker:
         active.phase = Phase.RUNNING
         if was_cancelled or active.is_cancelled or self._is_cancelled(active.job.job_id):
             self._jobs.end(active, "cancelled")
+        elif isinstance(outcome, Failed):
+            self._jobs.end(active, "error", f"{outcome.field}: {outcome.error}" if outcome.field else outcome.error)
         else:
             self._engine.send(Activate(job_id=active.key))
         await delivery.ack()
@@ -295,9 +318,16 @@ class Taker:
                 log.warning("job %s: not taken yet: %s", job_id, error)
                 await asyncio.sleep(RETRY_DELAY_S)
 
-    async def _is_void(self, handle: KVHandle, job_id: str, giver: str) -> bool:
+    async def _put_back(self, handle: KVHandle, job_id: str, delivery: Delivery) -> None:
+        """For another worker, or another time; a handle that nobody can take any more ends here."""
+        if await self._is_void(handle, job_id):
+            await delivery.ack()
+        else:
+            await delivery.nak(RETRY_DELAY_S)
+
+    async def _is_void(self, handle: KVHandle, job_id: str) -> bool:
         """Whether nobody can ever take this handle: its job has another owner or epoch by now. Raises Unavailable."""
-        record = await self._store.job(job_id)
+        record, giver = await self._store.job(job_id), owner_name(handle.source.worker, handle.source.incarnation)
         return (record.get("state"), record.get("owner"), record.get("epoch")) != ("owned", giver, str(handle.epoch))
 
     async def _confirm(self, source: KVSource, question: dict[str, object]) -> bool | None:

@@ -126,7 +126,7 @@ class Incarnation:
                 self._giver.on_pinned(event)
             case Imported() if self._taker is not None:
                 self._taker.on_imported(event)
-            case Failed():
+            case Failed() if self._taker is None or not self._taker.on_failed(event):
                 self.jobs.on_failed(event)
 
     async def _on_cancel(self, message: Message) -> None:

@@ -62,6 +62,7 @@ class Intake:
         prompt_ids = list(job.prompt_ids) if job.prompt_ids is not None else self._tokenizer.encode(
             job.text or "", add_special_tokens=job.params.add_special_tokens)
         early = self._start_early(job, delivery, prompt_ids) if delivery.num_delivered == 1 and not refusal else None
+        await asyncio.sleep(0)  # the loop hands it to the engine now, not behind the claim
         try:
             claim, num_asserts = await self._ask(job, delivery)
             if early is not None and self._is_plain(job, claim) and self._jobs.num_asserts == num_asserts:

@@ -14,7 +14,7 @@ from coordinator.messages import CLASSES
 log = logging.getLogger(__name__)
 
 PROBE_S = 2.0           # a pull that takes only what is there now
-PROBE_DELAY_S = 0.003   # after an arrival
+PROBE_DELAY_S = 0.005   # after an arrival
 LOOK_AGAIN_S = 1.0      # without a sign of change, look at the room again after this
 RETRY_S = 0.5
 ACTIVE_S = 30.0         # a lane that brought something this recently is probed; the others have a pull standing open
