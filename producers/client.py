@@ -17,7 +17,7 @@ from typing import Self
 
 from coordinator import subjects
 from coordinator.bus import Bus, Message, Subscription
-from coordinator.errors import InvalidField, MalformedMessage, Unavailable, UnknownJob
+from coordinator.errors import InvalidField, MalformedMessage, QueueFull, Unavailable, UnknownJob
 from coordinator.messages import (
     FinalRecord,
     Job,
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 SUBMIT_TIMEOUT_S = 5.0
 MAX_BUSY_S = 0.005
+FULL_S = 0.05              # a queue that was full is taken to be full for so long: refusing costs nothing then
 
 
 class TokenmillClient:
@@ -54,6 +55,8 @@ class TokenmillClient:
         self._yielded_s = 0.0
         self._open_work = OpenWork(store, limits or AdmissionLimits()) if store is not None else None
         self._live: Subscription | None = None
+        self._turn = asyncio.Lock()
+        self._full_until: dict[str, float] = {}        # by subject: refused a moment ago
         self._peers: dict[str, TokenmillClient] = {}   # by origin: readers of other producers' jobs
         self._open: dict[str, JobHandle] = {}
         self.catch_up = CatchUp(bus, self.origin, self._open, self._deliver)
@@ -99,8 +102,11 @@ class TokenmillClient:
             await self.store.close()
 
     async def _listen(self) -> None:
-        self._live = await self.bus.subscribe(subjects.live(self.origin), self._on_frame, on_gap=self.catch_up.gap)
-        self.catch_up.start()
+        """A second call does nothing."""
+        async with self._turn:
+            if self._live is None:
+                self._live = await self.bus.subscribe(subjects.live(self.origin), self._on_frame, on_gap=self.catch_up.gap)
+                self.catch_up.start()
 
     async def _stop_listening(self) -> None:
         await self.catch_up.close()
@@ -143,6 +149,9 @@ class TokenmillClient:
             traceparent=traceparent)
         if job.job_id in self._open:
             return await self.follow(job.job_id)
+        subject = subjects.jobs(job.model, job.klass, subjects.tenant_lane(tenant))
+        if job_id is None and time.monotonic() < self._full_until.get(subject, 0.0):
+            raise QueueFull(subject)
         if self._open_work is not None and not await self._open_work.count_in(_as_admitted(job, prompt, is_named=job_id is not None)):
             return await self._submit_again(job)
         # Frames of a new job come after all that were seen until now; a job submitted again may have some anywhere.
@@ -155,11 +164,12 @@ class TokenmillClient:
                 with contextlib.suppress(Unavailable):
                     await self.cancel(job.job_id)
             raise
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, QueueFull):
+                self._full_until[subject] = time.monotonic() + FULL_S
             self.forget(handle)
             if self._open_work is not None:
-                with contextlib.suppress(Unavailable):  # the watcher finds it later
-                    await self._open_work.count_out(job.job_id)
+                self._open_work.count_out(job.job_id)
             raise
         if job_id is not None:
             self.catch_up.want(handle.job_id)
@@ -183,14 +193,23 @@ class TokenmillClient:
         origin = known["origin"]
         if self.store is not None:
             await self.store.note_reader(job_id, uuid.uuid4().hex)
-        peer = await self._peer(origin)
+        peer = self if origin == self.origin else self._peers.get(origin)
+        if peer is None:
+            peer = self._peers[origin] = TokenmillClient(self.bus, self.store, model=self.model, origin=origin)
         if (former := peer._open.get(job_id)) is not None:
             former.is_superseded = True
             former.close()
         handle = peer._open[job_id] = JobHandle(peer, Job(job_id=job_id, origin=origin, model=self.model, text="-"), 0)
         handle.num_prompt_tokens = int(known.get("prompt_tokens", 0))
+        await peer._listen()
         peer.catch_up.want(job_id)
+        await self._drop_idle_peers()
         return handle
+
+    async def _drop_idle_peers(self) -> None:
+        idle = [self._peers.pop(origin) for origin in [origin for origin, peer in self._peers.items() if not peer._open]]
+        for peer in idle:
+            await peer._stop_listening()
 
     async def _look_up(self, job_id: str) -> dict[str, str]:
         """At least the `origin` of a job. Raises UnknownJob, Unavailable."""
@@ -201,17 +220,6 @@ class TokenmillClient:
         if record is None:
             raise UnknownJob(job_id)
         return {"origin": record.origin}
-
-    async def _peer(self, origin: str) -> "TokenmillClient":
-        """Who reads that producer's frames. One that reads nothing any more is closed when the next one is needed."""
-        if origin == self.origin:
-            return self
-        for name in [name for name, peer in self._peers.items() if not peer._open and name != origin]:
-            await self._peers.pop(name)._stop_listening()
-        if origin not in self._peers:
-            peer = self._peers[origin] = TokenmillClient(self.bus, self.store, model=self.model, origin=origin)
-            await peer._listen()
-        return self._peers[origin]
 
     async def cancel(self, job_id: str) -> None:
         """Reaches the job wherever it is: running (at once), or still in the queue (when it is pulled). Idempotent.

@@ -7,6 +7,7 @@ a tenant waits for the answer: a name may be known already, a tenant may be at i
 import asyncio
 import logging
 import time
+from collections.abc import Coroutine
 
 from coordinator.errors import TokenmillError
 from coordinator.store import AdmissionLimits, Admitted, Store
@@ -31,20 +32,29 @@ class OpenWork:
         """False: a job of this id is known already."""
         is_bounded = job.is_named or bool(job.tenant) or self._limits.max_tenant_jobs or self._limits.max_tenant_tokens
         if not is_bounded and time.monotonic() < self._roomy_until.get(job.klass, 0.0):
-            task = asyncio.create_task(self._count_in_beside(job))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._spawn(self._count_in_beside(job))
             return True
         return await self._ask(job)
 
-    async def count_out(self, job_id: str) -> None:
-        """A job that was surely not published."""
-        await self.settle()
-        await self._store.discharge(job_id)
+    def count_out(self, job_id: str) -> None:
+        """A job that was surely not published. Its refusal does not wait for this."""
+        self._spawn(self._count_out_beside(job_id, [*self._tasks]))
 
     async def settle(self) -> None:
-        """Wait for what is being counted in beside."""
+        """Wait for what is being counted beside."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _spawn(self, counting: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(counting)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _count_out_beside(self, job_id: str, earlier: list[asyncio.Task[None]]) -> None:
+        await asyncio.gather(*earlier, return_exceptions=True)  # it may still be on its way in
+        try:
+            await self._store.discharge(job_id)
+        except TokenmillError as error:
+            log.warning("job %s stays counted until the watcher finds it: %s", job_id, error)
 
     async def _ask(self, job: Admitted) -> bool:
         open_tokens = await self._store.admit(job, self._limits)

@@ -32,5 +32,5 @@ class WorkerSettings:
     worker_id: str
     engine: EngineSettings
     drain_timeout_s: float = 30.0
-    max_queued: int = 10_000         # jobs per class before producers get 429
+    max_queued: int = 0              # jobs per class before producers get 429; 0: the bound that is there
     lease_s: float = 5.0

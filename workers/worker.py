@@ -89,7 +89,7 @@ class Worker:
     async def _until_provisioned(self, bus: Bus, store: Store) -> None:
         while not self._stopping.is_set():
             try:
-                if await bus.provision(model_token(self._settings.engine.model_name), max_queued=self._settings.max_queued):
+                if await bus.provision(model_token(self._settings.engine.model_name), max_queued=self._settings.max_queued or None):
                     await store.found()
                 return
             except Unavailable as error:
@@ -151,7 +151,7 @@ def _parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
     add("--num_threads", type=int, default=0)
     add("--load_workers", type=int, default=1)
     add("--disable_dynamic_prompt_cache", action="store_true")
-    add("--max_queued", type=int, default=10_000)
+    add("--max_queued", type=int, default=0, help="jobs per class before producers get 429 (default: the bound that is there)")
     add("--lease_s", type=float, default=5.0, help="a worker silent for this long is taken for dead")
     add("--drain_timeout", type=float, default=30.0)
     add("--log_level", default="warning")

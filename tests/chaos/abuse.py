@@ -16,6 +16,7 @@ import psutil
 from coordinator import subjects
 from coordinator.bus import Bus, Message
 from coordinator.connection import TOO_MANY_MESSAGES, ApiError
+from coordinator.errors import QueueFull
 from coordinator.messages import CLASSES, Frame, Job, new_job_id
 from coordinator.sampling import SamplingParams
 from producers.client import TokenmillClient
@@ -139,6 +140,32 @@ async def offer(farm: ChaosFarm, num_clients: int, num_jobs: int, seed: int) -> 
     return figures
 
 
+async def probe_full_queue(farm: ChaosFarm, direct: TokenmillClient, max_queued: int, num_probes: int) -> Overload:
+    """Keep the queue at its bound with long jobs, and ask a shim for another one again and again, one at a time."""
+    figures = Overload()
+    long = SamplingParams(max_new_tokens=400, ignore_eos=True)
+
+    async def occupy(index: int) -> None:
+        while True:
+            try:
+                await (await direct.submit([5 + index, 6, 7], long)).result()
+            except QueueFull:
+                await asyncio.sleep(0.1)
+
+    occupants = [asyncio.create_task(occupy(index)) for index in range(max_queued + 8)]
+    try:
+        async with httpx.AsyncClient(timeout=60.0) as http:
+            spec = draw(1, seed=3)[0]
+            while figures.num_refused < num_probes:
+                await _offer_one(http, farm.url(SHIMS[0]), spec, figures)
+                await asyncio.sleep(0.02)
+    finally:
+        for occupant in occupants:
+            occupant.cancel()
+        await asyncio.gather(*occupants, return_exceptions=True)
+    return figures
+
+
 async def _offer_one(http: httpx.AsyncClient, url: str, spec: Spec, figures: Overload) -> bool:
     """False when it was refused."""
     body = json.dumps({"inputs": spec.prompt, "parameters": spec.parameters}).encode()
@@ -180,7 +207,7 @@ async def kill_whoever_runs(farm: ChaosFarm, direct: TokenmillClient, job_id: st
     while await direct.bus.get_result(job_id) is None:
         record = await direct.store.job(job_id)
         victim = await _alive(farm, direct, record.get("owner", "")) if record.get("state") == "owned" else None
-        if victim is not None and await _has_shown(direct, job_id, record["owner"]):
+        if victim is not None and await _has_shown(direct, job_id, record["owner"], int(record["epoch"])):
             await kill(victim)
             num_killed += 1
             farm.restart(victim)
@@ -198,11 +225,11 @@ async def _alive(farm: ChaosFarm, direct: TokenmillClient, owner: str) -> str | 
     return None
 
 
-async def _has_shown(direct: TokenmillClient, job_id: str, owner: str) -> bool:
-    """Whether this owner has stored a token of the job: then it runs there."""
+async def _has_shown(direct: TokenmillClient, job_id: str, owner: str, epoch: int) -> bool:
+    """Whether this owner has stored a token of the job under this claim: then it runs there, now."""
     worker, _, incarnation = owner.rpartition(".")
     frames = await direct.bus.read_chain(subjects.chain(direct.origin, worker, int(incarnation)))
-    return any(run.job_id == job_id for _, _, frame in frames for run in frame.runs)
+    return any(run.job_id == job_id and run.epoch >= epoch for _, _, frame in frames for run in frame.runs)
 
 
 # ---- messages that lie ----

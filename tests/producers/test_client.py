@@ -155,7 +155,7 @@ async def test_a_job_submitted_again_while_it_is_open_is_read_by_the_newer_handl
     second = await client.submit([1], job_id="mine")
     assert first.is_superseded and not second.is_superseded
     assert sum((await bus.counters(model))["jobs"].values()) == 1
-    with pytest.raises(JobFailed, match="closed"):
+    with pytest.raises(Unavailable, match="another request"):
         await first.result()
 
 
