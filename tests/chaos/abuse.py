@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import psutil
 
+from bench.http_stream import StreamClient, Target
 from coordinator import subjects
 from coordinator.bus import Bus, Message
 from coordinator.connection import TOO_MANY_MESSAGES, ApiError
@@ -129,14 +130,15 @@ async def offer(farm: ChaosFarm, num_clients: int, num_jobs: int, seed: int) -> 
     specs = iter(draw(num_jobs, seed, min_tokens=16, max_tokens=48, max_prompt=60))
     drawn = random.Random(seed)
 
-    async def client(http: httpx.AsyncClient, url: str) -> None:
+    async def client(door: StreamClient) -> None:
         for spec in specs:
-            while not await _offer_one(http, url, spec, figures):
+            while not await _offer_one(door, spec, figures):
                 await asyncio.sleep(drawn.uniform(0.5, 1.5))
+        door.close()
 
-    async with httpx.AsyncClient(timeout=60.0, limits=httpx.Limits(max_connections=None)) as http, asyncio.TaskGroup() as group:
+    async with asyncio.TaskGroup() as group:
         for index in range(num_clients):
-            group.create_task(client(http, farm.url(SHIMS[index % 2])))
+            group.create_task(client(_door(farm, SHIMS[index % 2])))
     return figures
 
 
@@ -150,15 +152,15 @@ async def probe_full_queue(farm: ChaosFarm, direct: TokenmillClient, max_queued:
             try:
                 await (await direct.submit([5 + index, 6, 7], long)).result()
             except QueueFull:
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.2)
 
-    occupants = [asyncio.create_task(occupy(index)) for index in range(max_queued + 8)]
+    occupants = [asyncio.create_task(occupy(index)) for index in range(2 * max_queued)]
     try:
-        async with httpx.AsyncClient(timeout=60.0) as http:
-            spec = draw(1, seed=3)[0]
-            while figures.num_refused < num_probes:
-                await _offer_one(http, farm.url(SHIMS[0]), spec, figures)
-                await asyncio.sleep(0.02)
+        door, spec = _door(farm, SHIMS[0]), draw(1, seed=3, max_tokens=8)[0]
+        while figures.num_refused < num_probes:
+            await _offer_one(door, spec, figures)
+            await asyncio.sleep(0.02)
+        door.close()
     finally:
         for occupant in occupants:
             occupant.cancel()
@@ -166,25 +168,23 @@ async def probe_full_queue(farm: ChaosFarm, direct: TokenmillClient, max_queued:
     return figures
 
 
-async def _offer_one(http: httpx.AsyncClient, url: str, spec: Spec, figures: Overload) -> bool:
+def _door(farm: ChaosFarm, name: str) -> StreamClient:
+    return StreamClient(Target.parse(f"{farm.url(name)}/generate_stream"))
+
+
+async def _offer_one(door: StreamClient, spec: Spec, figures: Overload) -> bool:
     """False when it was refused."""
-    body = json.dumps({"inputs": spec.prompt, "parameters": spec.parameters}).encode()
-    began_at = time.monotonic()
-    async with http.stream("POST", f"{url}/generate_stream", content=body) as response:
-        if response.status_code == 429:
-            figures.refused_after_s.append(time.monotonic() - began_at)
-            figures.num_refused += 1
-            figures.num_without_retry_after += int(response.headers.get("Retry-After", "0")) < 1
-            return False
-        assert response.status_code == 200, (await response.aread())[:300]
-        figures.num_accepted += 1
-        num_tokens = 0
-        async for line in response.aiter_lines():
-            if line.startswith("data:"):
-                if not num_tokens:
-                    figures.first_token_s.append(time.monotonic() - began_at)
-                num_tokens += 1
-        figures.num_finished += num_tokens == spec.num_tokens
+    response = await door.request(json.dumps({"inputs": spec.prompt, "parameters": spec.parameters}).encode())
+    if response.status == 429:
+        figures.num_refused += 1
+        figures.refused_after_s.append(response.pieces[-1][0] - response.sent_at)
+        figures.num_without_retry_after += int(response.headers.get("retry-after", "0")) < 1
+        return False
+    assert response.status == 200, response.body[:300]
+    arrivals = [arrival for arrival, _ in response.data_lines()]
+    figures.num_accepted += 1
+    figures.first_token_s.append(arrivals[0] - response.sent_at)
+    figures.num_finished += len(arrivals) == spec.num_tokens
     return True
 
 

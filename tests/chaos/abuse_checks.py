@@ -23,7 +23,7 @@ async def check_storm(arena: Range, *, calm_s: float, storm_s: float, num_client
             "ended_p50_s": round(percentile(storm.ended_after_s, 50), 3), "ended_p99_s": round(percentile(storm.ended_after_s, 99), 3)}
 
 
-async def check_overload(arena: Range, *, max_queued: int, num_jobs: int) -> dict[str, Any]:
+async def check_overload(arena: Range, *, max_queued: int, num_jobs: int, num_probes: int) -> dict[str, Any]:
     """Three times as many clients as the queue has places. All that was accepted is answered in full; the rest hears when to come back."""
     farm = arena.farm
     full = await abuse.offer(farm, max_queued - 2, num_jobs, seed=6)     # the queue full, nobody refused
@@ -32,22 +32,26 @@ async def check_overload(arena: Range, *, max_queued: int, num_jobs: int) -> dic
     over = await abuse.offer(farm, 3 * max_queued, num_jobs, seed=7)
     await farm.wait_at_rest()
     after = abuse.memory_mib(farm)
-    assert over.num_refused > 0 and over.num_without_retry_after == 0
+    probed = await abuse.probe_full_queue(farm, arena.direct, max_queued, num_probes)
+    await farm.wait_at_rest()
+    assert over.num_refused > 0 and over.num_without_retry_after == probed.num_without_retry_after == 0
     assert over.num_finished == over.num_accepted == num_jobs
     return {"accepted": over.num_accepted, "refused": over.num_refused,
-            "refused_p50_ms": round(1e3 * percentile(over.refused_after_s, 50), 1),
-            "refused_p99_ms": round(1e3 * percentile(over.refused_after_s, 99), 1),
+            "refused_p50_ms": round(1e3 * percentile(probed.refused_after_s, 50), 1),
+            "refused_p99_ms": round(1e3 * percentile(probed.refused_after_s, 99), 1),
+            "refused_p99_ms_all_at_once": round(1e3 * percentile(over.refused_after_s, 99), 1),
             "first_token_p99_s": round(percentile(over.first_token_s, 99), 3),
             "first_token_p99_s_queue_full": round(percentile(full.first_token_s, 99), 3),
             "memory_growth_mib": {name: round(after[name] - before[name], 1) for name in before}}
 
 
-async def check_poison(arena: Range, *, engines: bool) -> dict[str, Any]:
+async def check_poison(arena: Range, *, how: str) -> dict[str, Any]:
     """A job that takes each of its workers with it is withdrawn, with reason and history; others are served; a replay is served too."""
     farm, direct = arena.farm, arena.direct
     handle = await direct.submit([5, 6, 7], STUBBORN)
     began_at = time.monotonic()
-    num_killed = await abuse.kill_whoever_runs(farm, direct, handle.job_id, farm.kill_engine if engines else farm.kill)
+    kills = {"worker killed": farm.kill, "engine killed": farm.kill_engine, "engine crashes": farm.crash_engine}
+    num_killed = await abuse.kill_whoever_runs(farm, direct, handle.job_id, kills[how])
     gave_up_after_s = time.monotonic() - began_at
     result = await handle.result()
     assert result.reason == "error" and "withdrawn" in result.error

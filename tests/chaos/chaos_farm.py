@@ -69,6 +69,11 @@ class ChaosFarm(Farm):
         os.kill(self.engine_pid(name), signal.SIGKILL)
         await self.wait_ended(name)
 
+    async def crash_engine(self, name: str) -> None:
+        """The engine ends by a fault of its own: a segmentation fault, as a broken kernel makes."""
+        os.kill(self.engine_pid(name), signal.SIGSEGV)
+        await self.wait_ended(name)
+
     async def serving(self, names: Sequence[str]) -> list[str]:
         """Those of `names` that are not on their way up after an earlier strike; waits for them when all are."""
         while not (found := [name for name in names if (task := self._restarts.get(name)) is None or task.done()]):
