@@ -36,8 +36,9 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# One thread: the tests' models are tiny, and several farms share the cores with them.
 test: $(VENV)/.dev lint $(MODEL)/config.json
-	$(BIN)/python -m pytest tests -m "not chaos and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not chaos and not gpu"
 
 test-chaos: $(VENV)/.dev $(MODEL)/config.json
 	$(BIN)/python -m pytest tests -m chaos
