@@ -154,7 +154,8 @@ class Store:
     def __init__(self, url: str, *, lease_s: float = LEASE_S) -> None:
         self.url = url
         self.lease_s = lease_s
-        pool = redis.BlockingConnectionPool.from_url(url, max_connections=32, timeout=5, socket_timeout=SOCKET_TIMEOUT_S,
+        # Protocol 2: with 3 the library hands out idle connections that a restarted server has closed.
+        pool = redis.BlockingConnectionPool.from_url(url, max_connections=32, timeout=5, socket_timeout=SOCKET_TIMEOUT_S, protocol=2,
                                                      socket_connect_timeout=SOCKET_TIMEOUT_S, retry=Retry(NoBackoff(), 0))
         self._redis = redis.Redis(connection_pool=pool)
         self._scripts = {name: self._redis.register_script(HEAD + body) for name, body in SCRIPTS.items()}

@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import psutil
+import redis.asyncio as redis
 
 from coordinator.bus import Bus
-from coordinator.store import Store
+from coordinator.store import PREFIX, Store
 from coordinator.subjects import model_token
 from tests.chaos.proxy import TcpProxy
 from tests.system.farm import READY_S, Farm, Process
@@ -126,13 +127,9 @@ class ChaosFarm(Farm):
             await store.close()
 
     async def watch_leader(self) -> str:
-        """The name of the process that watches leases now."""
-        store = Store(self.services.redis_url)
-        try:
-            leader = await store._redis.get("{tokenmill}:leader:watcher")
-        finally:
-            await store.close()
-        return leader.decode() if leader else ""
+        """Who watches leases now, by the name that it has in Redis; "" for nobody."""
+        async with redis.Redis.from_url(self.services.redis_url, decode_responses=True) as client:
+            return await client.get(f"{PREFIX}leader:watcher") or ""
 
     @contextlib.asynccontextmanager
     async def bus(self) -> AsyncIterator[Bus]:
