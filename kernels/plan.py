@@ -5,10 +5,24 @@ other, its slots are a plain range and attention reads the cache in place; other
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Rotary:
+    """Where the new tokens stand in their sequences, and what turns each position means."""
+
+    def __init__(self, table: Tensor, positions: Tensor) -> None:
+        self.table = table          # [max_position, rope dim / 2, 2] float32: cosine and sine
+        self.positions = positions  # [T] int64
+
+    @cached_property
+    def by_token(self) -> Tensor:
+        """[T, rope dim / 2, 2]"""
+        return self.table[self.positions]
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Ops, ops_for
-from kernels.plan import make_plan
+from kernels.plan import Rotary, make_plan
 from workers.batch import ForwardBatch
 from workers.kv_cache import KVCache
 from workers.loader import Checkpoint, Progress, weights_hash
@@ -70,7 +70,7 @@ class ModelRunner:
         is_every_row = len(batch.logit_rows) == num_tokens
         return Step(
             token_ids=token_ids,
-            rotation=self._rotations[positions],
+            rotary=Rotary(self._rotations, positions),
             slots=slots,
             logit_rows=None if is_every_row else torch.tensor(batch.logit_rows, dtype=torch.int64, device=self.device),
             plan=make_plan(batch.query_lens, batch.seq_lens, batch.page_tables, self.page_size, self.device, self.dtype),

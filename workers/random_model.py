@@ -31,7 +31,7 @@ DEEPSEEK_FULL: dict[str, Any] = {
 }
 DEEPSEEK_SMALL: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "vocab_size": 512, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
+    "num_key_value_heads": 4, "vocab_size": 512, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 16,
     "n_routed_experts": 8, "num_experts_per_tok": 3, "first_k_dense_replace": 1, "max_position_embeddings": 2560,
 }
 GROUPS_SMALL: dict[str, Any] = {"q_lora_rank": 24, "n_group": 4, "topk_group": 2}

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,25 +19,30 @@ class Attention(Protocol):
 
 
 MakeAttention = Callable[[str], Attention]                       # (prefix) -> the attention of one layer
-MakeMlp = Callable[[str, int], Callable[[Tensor], Tensor]]       # (prefix, layer) -> its feed-forward block
+Mlp = Callable[[Tensor, Step], Tensor]                           # [T, D] -> [T, D], or [T, k, D] to be summed over k
+MakeMlp = Callable[[str, int], Mlp]                              # (prefix, layer) -> its feed-forward block
 
 
 class Layer:
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). What a block adds is added by the norm that follows it, in one pass."""
 
     def __init__(self, weights: Checkpoint, prefix: str, config: ModelConfig, ops: Ops, attention: Attention,
-                 mlp: Callable[[Tensor], Tensor]) -> None:
+                 mlp: Mlp) -> None:
         self._attention_norm = weights.tensor(f"{prefix}.input_layernorm.weight", config.hidden_size)
         self._mlp_norm = weights.tensor(f"{prefix}.post_attention_layernorm.weight", config.hidden_size)
         self._attention = attention
         self._mlp = mlp
-        self._rms_norm = ops.rms_norm
+        self._ops = ops
         self._eps = config.norm_eps
 
-    def __call__(self, x: Tensor, step: Step, cache: Tensor) -> None:
-        """Adds this layer's part to x [T, D] in place."""
-        x += self._attention(self._rms_norm(x, self._attention_norm, self._eps), step, cache)
-        x += self._mlp(self._rms_norm(x, self._mlp_norm, self._eps))
+    def __call__(self, x: Tensor, delta: Tensor | None, step: Step, cache: Tensor) -> Tensor:
+        """Takes what the layer before adds to x [T, D], adds it in place, and returns what this layer adds."""
+        if delta is None:
+            normed = self._ops.rms_norm(x, self._attention_norm, self._eps)
+        else:
+            normed = self._ops.add_rms_norm(delta, x, self._attention_norm, self._eps)
+        delta = self._attention(normed, step, cache)
+        return self._mlp(self._ops.add_rms_norm(delta, x, self._mlp_norm, self._eps), step)
 
 
 class Decoder:
@@ -48,9 +52,9 @@ class Decoder:
                  num_threads: int) -> None:
         shape = (config.vocab_size, config.hidden_size)
         self._embedding = weights.tensor("model.embed_tokens.weight", *shape)
-        self._output = ops.make_linear(self._embedding if config.is_tied else weights.tensor("lm_head.weight", *shape), None)
+        self._head = ops.make_head(self._embedding if config.is_tied else weights.tensor("lm_head.weight", *shape))
         self._norm = weights.tensor("model.norm.weight", config.hidden_size)
-        self._rms_norm = ops.rms_norm
+        self._add_rms_norm = ops.add_rms_norm
         self._eps = config.norm_eps
 
         def make_layer(index: int) -> Layer:
@@ -62,8 +66,10 @@ class Decoder:
     def __call__(self, step: Step, caches: Sequence[Tensor]) -> Tensor:
         """Logits [R, vocab] float32 of the rows that `step` asks for; `caches` has one tensor per layer."""
         x = F.embedding(step.token_ids, self._embedding)
+        delta: Tensor | None = None
         for layer, cache in zip(self._layers, caches, strict=True):
-            layer(x, step, cache)
+            delta = layer(x, delta, step, cache)
+        assert delta is not None
         if step.logit_rows is not None:
-            x = x.index_select(0, step.logit_rows)
-        return self._output(self._rms_norm(x, self._norm, self._eps)).to(torch.float32)
+            x, delta = x.index_select(0, step.logit_rows), delta.index_select(0, step.logit_rows)
+        return self._head(self._add_rms_norm(delta, x, self._norm, self._eps))

@@ -1,12 +1,8 @@
 """DeepSeek-V2, V2-Lite, V3 and R1: latent attention, dense layers first, then mixtures of experts."""
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from kernels.ops import Ops
 from workers.loader import Checkpoint
-from workers.model.decoder import Decoder
+from workers.model.decoder import Decoder, Mlp
 from workers.model.mla import MlaAttention
 from workers.model.mlp import GatedMlp
 from workers.model.moe import Moe
@@ -17,7 +13,7 @@ def deepseek(weights: Checkpoint, config: ModelConfig, ops: Ops, num_threads: in
     moe = config.moe
     assert moe is not None
 
-    def make_mlp(prefix: str, layer: int) -> Callable[[Tensor], Tensor]:
+    def make_mlp(prefix: str, layer: int) -> Mlp:
         if layer < moe.first_layer:
             return GatedMlp(weights, prefix, ops, config.hidden_size, config.intermediate_size)
         return Moe(weights, prefix, ops, config.hidden_size, moe)

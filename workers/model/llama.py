@@ -27,19 +27,9 @@ class GqaAttention:
         self._o = ops.make_linear(weights.tensor(f"{prefix}.o_proj.weight", config.hidden_size, config.num_heads * config.head_dim), o_bias)
 
     def __call__(self, x: Tensor, step: Step, cache: Tensor) -> Tensor:
-        ops, plan = self._ops, step.plan
         heads = self._qkv(x).view(x.shape[0], self._num_all, -1)
-        ops.rotate_(heads[:, : self._num_rotated], step.rotation)
-        ops.store_gqa(heads[:, self._num_heads :], cache, step.slots)
-        q = heads[:, : self._num_heads]
-        if plan.groups and plan.groups[0].rows is None:
-            return self._o(ops.gqa_decode(q, cache, plan.groups[0], self._scale).flatten(1))
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        for group in plan.groups:
-            out[group.rows] = ops.gqa_decode(q[group.rows], cache, group, self._scale)
-        for chunk in plan.chunks:
-            out[chunk.start : chunk.end] = ops.gqa_chunk(q[chunk.start : chunk.end], cache, chunk, self._scale)
-        return self._o(out.flatten(1))
+        self._ops.store_gqa(heads, step.rotary, step.slots, cache, self._num_heads)
+        return self._o(self._ops.attend_gqa(heads[:, : self._num_heads], cache, step.plan, self._scale).flatten(1))
 
     def _fused(self, weights: Checkpoint, prefix: str, kind: str, config: ModelConfig, columns: list[int]) -> Tensor:
         rows = [heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]

@@ -7,8 +7,8 @@ one query; instead W_UK is absorbed into the query and W_UV into the output, and
 import torch
 from torch import Tensor
 
+from kernels.attention import MlaWeights
 from kernels.ops import Ops
-from kernels.plan import DecodeGroup
 from workers.loader import Checkpoint
 from workers.model.rope import pair_neighbours, softmax_scale
 from workers.model.step import Step
@@ -31,37 +31,19 @@ class MlaAttention:
         self._read_down(weights, prefix, config, mla)
         per_head = mla.nope_dim + mla.v_dim
         kv_b = weights.tensor(f"{prefix}.kv_b_proj.weight", config.num_heads * per_head, mla.kv_lora_rank)
-        self._kv_b = kv_b.view(config.num_heads, per_head, mla.kv_lora_rank)               # W_UK above W_UV
-        self._w_uk, self._w_uv = self._kv_b.split_with_sizes((mla.nope_dim, mla.v_dim), 1)
+        self._kv_b = MlaWeights.split(kv_b.view(config.num_heads, per_head, mla.kv_lora_rank), mla.nope_dim)
         o_bias = weights.tensor(f"{prefix}.o_proj.bias", config.hidden_size) if config.has_o_bias else None
         o = weights.tensor(f"{prefix}.o_proj.weight", config.hidden_size, config.num_heads * mla.v_dim)
         self._o = ops.make_linear(o, o_bias)
 
     def __call__(self, x: Tensor, step: Step, cache: Tensor) -> Tensor:
-        ops, plan, mla = self._ops, step.plan, self._mla
+        ops = self._ops
         q, latent = self._down(x).tensor_split((self._q_width,), -1)
-        if mla.q_lora_rank is not None:
+        if self._mla.q_lora_rank is not None:
             q = self._q_b(ops.rms_norm(q, self._q_norm, LATENT_NORM_EPS))
         q = torch.unflatten(q, -1, (-1, self._head_dim))
-        rotated = latent[:, mla.kv_lora_rank :]
-        ops.rotate_(q[..., mla.nope_dim :], step.rotation)
-        ops.rotate_(rotated.unsqueeze(1), step.rotation)
-        normed = ops.rms_norm(latent[:, : mla.kv_lora_rank], self._latent_norm, LATENT_NORM_EPS)
-        ops.store_mla(torch.cat((normed, rotated), -1), cache, step.slots)
-        out = torch.empty(*q.shape[:2], mla.v_dim, dtype=q.dtype, device=q.device)
-        for group in plan.groups:
-            rows = slice(None) if group.rows is None else group.rows
-            out[rows] = self._decode(q[rows], cache, group)
-        for chunk in plan.chunks:
-            out[chunk.start : chunk.end] = ops.mla_chunk(q[chunk.start : chunk.end], cache, chunk, self._kv_b, self._scale)
-        return self._o(out.flatten(1))
-
-    def _decode(self, q: Tensor, cache: Tensor, group: DecodeGroup) -> Tensor:
-        """q [N, H, nope + rope] -> [N, H, v]"""
-        q_nope, q_rope = q.split_with_sizes((self._mla.nope_dim, self._mla.rope_dim), -1)
-        absorbed = torch.bmm(q_nope.transpose(0, 1), self._w_uk).transpose(0, 1)            # [N, H, R]
-        attended = self._ops.mla_decode(torch.cat((absorbed, q_rope), -1), cache, group, self._scale, self._mla.kv_lora_rank)
-        return torch.bmm(attended.transpose(0, 1), self._w_uv.transpose(1, 2)).transpose(0, 1)
+        ops.store_mla(q, latent, self._latent_norm, LATENT_NORM_EPS, step.rotary, step.slots, cache)
+        return self._o(ops.attend_mla(q, cache, step.plan, self._kv_b, self._scale).flatten(1))
 
     def _read_down(self, weights: Checkpoint, prefix: str, config: ModelConfig, mla: MlaConfig) -> None:
         """The first product of the layer gives the queries (or their latent) and the new cache row at once."""

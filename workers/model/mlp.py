@@ -4,6 +4,7 @@ from torch import Tensor
 
 from kernels.ops import Ops
 from workers.loader import Checkpoint
+from workers.model.step import Step
 
 
 class GatedMlp:
@@ -22,6 +23,6 @@ class GatedMlp:
         self._down = ops.make_linear(weights.tensor(f"{prefix}.down_proj.weight", hidden_size, intermediate_size), down_bias)
         self._silu_mul = ops.silu_mul
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
         """[T, D] -> [T, D]"""
         return self._down(self._silu_mul(self._gate_up(x)))

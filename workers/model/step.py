@@ -1,18 +1,20 @@
 """What every layer of a model reads in one forward pass."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from kernels.plan import AttentionPlan
+from kernels.plan import Rotary
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """A batch as tensors, T new tokens of it."""
 
-    token_ids: Tensor         # [T] int64
-    rotation: Tensor          # [T, rope dim / 2, 2] float32: cosine and sine at each token's position
-    slots: Tensor             # [T] int64: where keys and values go
+    token_ids: Tensor          # [T] int64
+    rotary: Rotary             # of each token's position
+    slots: Tensor              # [T] int64: where keys and values go
     logit_rows: Tensor | None  # [R] int64: rows whose logits are wanted; None: all rows
-    plan: AttentionPlan
+    plan: Any                  # who attends to what, in the form that the device's operations take
+    num_valid: Tensor | None = None  # [1] int32: rows from there on only fill the batch up to the size of a CUDA graph
