@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,22 +50,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--insecure", action="store_true", help="allow a bind address that is not loopback, without keys or TLS")
 
     add = parser.add_argument_group("engine").add_argument
-    add("--device", default="cpu", help="where the math runs (this version: cpu)")
+    add("--device", default="auto", help="where the math runs: cpu, cuda, cuda:N, or auto: a GPU if there is one (default: %(default)s)")
     add("--data_type", default="auto", choices=["auto", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16"],
         help="of weights and KV cache (default: float32 on CPU, the checkpoint's own on GPU)")
     add("--max_req_total_len", type=int, default=16384, help="most tokens of one request, prompt and output (default: %(default)s)")
     add("--max_total_token_num", type=int, default=0, help="tokens the KV pool holds (default: from --mem_fraction)")
     add("--mem_fraction", type=float, default=0.9,
-        help="share of free memory to use; on CPU half of it, at most 4 GiB, is the KV pool (default: %(default)s)")
-    add("--running_max_req_size", type=int, default=0, help="sequences running at once (default: 64 on CPU)")
-    add("--chunked_prefill_size", type=int, default=0, help="tokens of one prefill step (default: 512 on CPU)")
-    add("--page_size", type=int, default=0, help="tokens of one KV page (default: 16 on CPU)")
+        help="share of memory to use: of a GPU's, weights included; of the machine's free memory half of it, at most 4 GiB, as KV pool "
+             "(default: %(default)s)")
+    add("--running_max_req_size", type=int, default=0, help="sequences running at once (default: 64 on CPU, 256 on GPU)")
+    add("--chunked_prefill_size", type=int, default=0, help="tokens of one prefill step (default: 512 on CPU, 8192 on GPU)")
+    add("--page_size", type=int, default=0, help="tokens of one KV page; on GPU a power of two (default: 16 on CPU, 64 on GPU)")
     add("--num_threads", type=int, default=0, help="CPU threads of one worker (default: all cores for prompts, one less for decode)")
     add("--disable_dynamic_prompt_cache", action="store_true", help="no prefix cache")
+    add("--graph_max_batch_size", type=int, default=256, help="sequences up to which a decode step is a CUDA graph (default: %(default)s)")
     add("--disable_cudagraph", action="store_true", help="decode without CUDA graphs (there are none on CPU)")
     add("--tp", type=int, default=1, help="ranks of the group (this version: 1)")
     add("--dp", type=int, default=1, help="data parallel groups (this version: 1)")
-    add("--enable_fa3", action="store_true", help="Flash Attention 3 (not in this version)")
+    add("--enable_fa3", action="store_true", help="attention by the package flash_attn_interface on a Hopper GPU (not in this version: its "
+        "own kernels need no flag)")
+    add("--enable_mps", action="store_true", help="of LightLLM's visual service (not in this version; CUDA's MPS itself needs no flag)")
     add("--enable_prefill_microbatch_overlap", action="store_true", help="not in this version")
     add("--enable_decode_microbatch_overlap", action="store_true", help="not in this version")
     add("--mtp_mode", default=None, help="not in this version")
@@ -89,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_tenant_tokens", type=int, default=0, help="open tokens of one tenant before it gets 429 (default: no bound)")
     add("--max_body_bytes", type=int, default=4 * 1024 * 1024, help="of one REST request (default: %(default)s)")
     add("--drain_timeout", type=float, default=30.0, help="seconds a stopping worker may finish what it has (default: %(default)s)")
+    add("--engine_stall_s", type=float, default=0.0,
+        help="an engine silent for this long is ended, and its jobs go back into the queue (default: 60 on GPU, 120 on CPU)")
     add("--log_level", default="warning", choices=["debug", "info", "warning", "error"])
     return parser
 
@@ -109,10 +116,9 @@ def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[st
         f"--dp {flags.dp}": flags.dp != 1,
         f"--nnodes {flags.nnodes}": flags.nnodes != 1,
         f"--node_rank {flags.node_rank}": flags.node_rank != 0,
-        "--enable_fa3": flags.enable_fa3,
+        "--enable_mps": flags.enable_mps,
         "--enable_prefill_microbatch_overlap": flags.enable_prefill_microbatch_overlap,
         "--enable_decode_microbatch_overlap": flags.enable_decode_microbatch_overlap,
-        f"--device {flags.device}": flags.device != "cpu",
         f"--mtp_mode {flags.mtp_mode}": flags.mtp_mode is not None,
         f"--mtp_step {flags.mtp_step}": flags.mtp_step != 0,
         f"MOE_MODE={environment.get('MOE_MODE')}": environment.get("MOE_MODE", "TP") != "TP",
@@ -120,6 +126,10 @@ def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[st
     for name, is_given in refusals.items():
         if is_given:
             raise ConfigError(f"{name}: this version does not have it; nothing was started")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", flags.device):
+        raise ConfigError(f"--device {flags.device}: must be auto, cpu, cuda or cuda:N")
+    if flags.engine_stall_s < 0:
+        raise ConfigError(f"--engine_stall_s {flags.engine_stall_s:g}: must be a number of seconds")
     if flags.run_mode in ("normal", "pd_master", "prefill", "decode") and not flags.model_dir:
         raise ConfigError("--model_dir is missing: the folder with config.json, tokenizer and safetensors")
     if flags.run_mode in ("prefill", "decode") and not flags.pd_master_ip and not (flags.nats_url and flags.redis_url):

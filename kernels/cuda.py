@@ -7,7 +7,7 @@ from torch import Tensor
 from kernels.attention import MlaWeights
 from kernels.block_fp8 import BlockFp8
 from kernels.device_plan import DevicePlan
-from kernels.experts import experts, pack_gate_up
+from kernels.experts import make_experts as make_half_experts
 from kernels.fp8_experts import make_fp8_experts
 from kernels.fp8_linear import fp8_linear
 from kernels.gather_latents import gather_latents
@@ -51,8 +51,7 @@ def make_experts(gate_up: Tensor | BlockFp8, down: Tensor | BlockFp8) -> Experts
     if isinstance(gate_up, BlockFp8) and isinstance(down, BlockFp8):
         return make_fp8_experts(gate_up, down)
     assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
-    packed = pack_gate_up(gate_up)
-    return lambda x, ids, weights: experts(x, packed, down, ids, weights)
+    return make_half_experts(gate_up, down)
 
 
 def route(logits: Tensor, routing: Routing, num_valid: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,18 @@
 """What one forward pass computes, as plain lists: built by the scheduler, turned into tensors by the model runner."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
 class ForwardBatch:
     """New tokens of several sequences, flattened; prefill chunks and decodes (one new token) in any order.
 
-    The first three have one entry per new token, the next three one per sequence. A page table may hold more pages than the
-    sequence fills. Keys and values of all new tokens are stored before any attention is computed.
+    The first three have one entry per new token, the next three one per sequence. Keys and values of all new tokens are stored before
+    any attention is computed. A page table may hold more pages than the sequence fills; it is the scheduler's own list, which only ever
+    grows at its end (where pages are exchanged the sequence gets a new list): read it before the next step is scheduled.
+
+    A sequence may go on before its newest token is known: `carried` then says which of the samples of the step launched just before
+    this one is its token, and token_ids has a 0 in its place. Only a sequence with one new token is carried.
     """
 
     token_ids: list[int]
@@ -18,3 +22,4 @@ class ForwardBatch:
     seq_lens: list[int]             # its tokens so far, the new ones included
     page_tables: list[list[int]]    # its page ids in token order
     logit_rows: list[int]           # rows of token_ids whose logits are wanted, ascending
+    carried: list[int] = field(default_factory=list)  # per sequence: row of the previous launch's samples, or -1; empty: none

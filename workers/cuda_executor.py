@@ -8,7 +8,7 @@ launched operation by operation. All work is on one stream, so a step sees what 
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coordinator.errors import ConfigError
+from kernels import gqa_decode, mla_decode
 from kernels.device_plan import Chunks, DevicePlan
-from kernels.launch import num_programs
-from kernels.ops import Ops, ops_for
+from kernels.ops import Ops, Routing, ops_for
 from kernels.plan import Rotary
 from kernels.split_schedule import SplitSchedule
 from kernels.step_inputs import decode_inputs, prefill_inputs
@@ -78,7 +78,9 @@ class CudaExecutor:
             torch.cuda.set_device(device)
         self.config, self.device = config, device
         self.page_size, self.chunk_size, self.max_num_seqs = page_size, chunk_size, max_num_seqs
-        self._model = BUILDERS[config.architecture](weights, config, ops or ops_for(device), load_workers)
+        self._routed: list[Tensor] | None = None   # each layer's choice of experts, while they are counted
+        self._ops = ops or ops_for(device)
+        self._model = BUILDERS[config.architecture](weights, config, replace(self._ops, route=self._route), load_workers)
         weights.finish()
         self._rotations = rotation_table(config.rope, config.max_position, device)
         self._width = -(-max_seq_len // page_size)
@@ -134,6 +136,7 @@ class CudaExecutor:
             self._capture(size)
         if not self._graph_sizes:
             self._forward(_one_decode(1))
+        self._sampler.warm_up()
         self._synchronize()
 
     def _warm_prefill(self, length: int) -> None:
@@ -141,6 +144,27 @@ class CudaExecutor:
         self._forward(ForwardBatch(token_ids=[0] * length, positions=list(range(length)), slot_mapping=[], query_lens=[length],
                                    seq_lens=[length], page_tables=[pages], logit_rows=[length - 1], carried=[-1]))
         self._synchronize()
+
+    @torch.inference_mode()
+    def count_experts(self) -> float | None:
+        """Distinct routed experts per layer in the last step, on average, found by running its decodes once more. None if it had none.
+
+        Waits for the device: for benches.
+        """
+        num_rows, moe = int(self._decodes.num_valid), self.config.moe
+        if moe is None or not num_rows:
+            return None
+        self._routed = []
+        self._decode(num_rows, is_padded=False)
+        routed, self._routed = self._routed, None
+        counts = [int((ids[:, : moe.num_experts_per_token].unique() >= 0).sum()) for ids in routed]
+        return sum(counts) / len(counts)
+
+    def _route(self, logits: Tensor, routing: Routing, num_valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        ids, weights = self._ops.route(logits, routing, num_valid)
+        if self._routed is not None:
+            self._routed.append(ids)
+        return ids, weights
 
     def _synchronize(self) -> None:
         if self._is_cuda:
@@ -357,4 +381,6 @@ def _one_decode(seq_len: int) -> ForwardBatch:
 
 
 def _num_splits(config: ModelConfig, device: torch.device) -> int:
-    return num_programs(device)
+    if config.mla is not None:
+        return mla_decode.num_splits(config.num_heads, device)
+    return gqa_decode.num_splits(config.num_kv_heads, device)

@@ -2,7 +2,10 @@
 
     reader thread --commands--> inbox <--copies done-- copier thread
                                   |
-                    take commands, schedule, forward, sample, complete, send events
+                    take commands, schedule, launch, complete the step before (depth 2) or this one (depth 1), send events
+
+With depth 2 a GPU runs one step while this process prepares and launches the next: no step waits for the host, and the tokens of a
+step are out as soon as the device has them.
 
 When the I/O process ends, for whatever reason, the reader sees the end of the stream and this process exits at once, also in the
 middle of a long step: nobody could hear it any more.
@@ -19,15 +22,13 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
-
 from coordinator.errors import ConfigError, InvalidField, LayoutMismatch, PagesExhausted
 from coordinator.messages import KVLayout
-from coordinator.sampling import SamplingParams
 from workers.channel import BlockingChannel
 from workers.cpu_threads import CpuThreads
 from workers.engine_messages import (
@@ -39,24 +40,27 @@ from workers.engine_messages import (
     Failed,
     Imported,
     ImportSequence,
-    Pinned,
+    Ping,
+    Pong,
     PoolAddress,
     Progress,
     Ready,
     ReleasePin,
     Shutdown,
     Stats,
+    Tokens,
     decode_command,
     encode,
 )
-from workers.engine_sizes import choose_sizes
+from workers.engine_sizes import EngineSizes, choose_sizes, resolve
+from workers.executor import EagerExecutor, Executor, Flight
 from workers.kv_cache import check_same_layout
 from workers.model_config import ModelConfig
 from workers.model_runner import ModelRunner
 from workers.page_copier import PageCopier
 from workers.sampler import Sampler
 from workers.scheduler import PageCopy, Scheduler, SchedulerSettings, Step
-from workers.sequence import Limits, Sequence, open_sequence
+from workers.sequence import Limits, open_sequence
 from workers.settings import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -79,20 +83,20 @@ Inbox = queue.SimpleQueue[Command | CopyDone]
 class Engine:
     """A loaded model and its sequences. `run` returns after Shutdown."""
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler, limits: Limits, layout: KVLayout, inbox: Inbox,
-                 send: Callable[[Event], None], threads: CpuThreads, *, is_checked: bool = False) -> None:
-        self._runner = runner
+    def __init__(self, executor: Executor, scheduler: Scheduler, limits: Limits, layout: KVLayout, inbox: Inbox,
+                 send: Callable[[Event], None], *, is_checked: bool = False) -> None:
+        assert executor.depth == scheduler.settings.depth
+        self._executor = executor
         self._scheduler = scheduler
         self._limits = limits
         self._layout = layout
         self._inbox = inbox
         self._send = send
-        self._threads = threads
-        self._sampler = Sampler(sorted(eos for eos in scheduler.settings.eos_ids if eos < limits.vocab_size))
-        self._copier = PageCopier(runner.kv_cache, lambda copy, error: inbox.put(CopyDone(copy, error)))
+        self._flights: deque[tuple[Step, Flight]] = deque()  # launched, oldest first
+        self._copier = PageCopier(executor.kv_cache, lambda copy, error: inbox.put(CopyDone(copy, error)))
         self._last_stats: Stats | None = None
         self._stats_sent_at = 0.0
-        self._are_stats_due = True  # a sequence ended: tell without waiting for the interval
+        self._are_stats_due = True  # a sequence ended: tell, also if nothing seems to have changed
         self._is_checked = is_checked
         self._is_shut_down = False
 
@@ -104,9 +108,13 @@ class Engine:
             step = self._scheduler.schedule()
             for copy in step.copies:
                 self._copier.start(copy)
-            for event in (*step.imported, *self._run_step(step)):
+            for event in step.imported:
                 self._send(event)
-            is_idle = not step.chunks
+            if step.chunks:
+                self._launch(step)
+            is_idle = not self._flights
+            if len(self._flights) >= self._executor.depth or not (is_idle or step.chunks):
+                self._complete_oldest()
             self._send_stats(is_idle=is_idle)
             if is_idle and self._is_checked:
                 self._scheduler.check_integrity()
@@ -142,6 +150,8 @@ class Engine:
                 self._are_stats_due |= scheduler.cancel(command.job_id)
             case ReleasePin():
                 self._are_stats_due |= scheduler.release_pin(command.job_id)
+            case Ping():
+                self._send(Pong())
             case Shutdown():
                 self._is_shut_down = True
 
@@ -155,55 +165,62 @@ class Engine:
 
     # ---- the step ----
 
-    def _run_step(self, step: Step) -> list[Event]:
-        if not step.chunks:
-            return []
-        self._threads.choose(sum(step.chunks.values()))
-        logits = self._runner.forward(self._scheduler.batch(step))
-        token_ids, logprobs = self._sampler.sample(logits, step.sampled)
-        events = self._scheduler.complete(step, token_ids, logprobs)
-        self._are_stats_due |= any(isinstance(event, Failed | Pinned) or any(row.finish for row in event.rows) for event in events)
-        return list(events)
+    def _launch(self, step: Step) -> None:
+        batch = self._scheduler.batch(step)
+        self._flights.append((step, self._executor.launch(batch, step.sampled)))
+        self._scheduler.advance(step)
+
+    def _complete_oldest(self) -> None:
+        step, flight = self._flights.popleft()
+        token_ids, logprobs = flight.result()
+        for event in self._scheduler.complete(step, token_ids, logprobs):
+            self._send(event)
+            self._are_stats_due |= not isinstance(event, Tokens) or any(row.finish for row in event.rows)
 
     def _send_stats(self, *, is_idle: bool) -> None:
-        """Always if a sequence ended; else what changed, once per interval, or at once if nothing will run before the next command."""
+        """Once per interval, or at once if nothing will run before the next command: what changed, and always if a sequence ended."""
         now = time.monotonic()
-        if not (self._are_stats_due or is_idle or now - self._stats_sent_at >= STATS_INTERVAL_S):
+        if not is_idle and now - self._stats_sent_at < STATS_INTERVAL_S:
             return
         stats = self._scheduler.stats()
         if self._are_stats_due or stats != self._last_stats:
             self._send(stats)
         self._stats_sent_at, self._are_stats_due, self._last_stats = now, False, stats
 
-    def warm_up(self) -> None:
-        """Run every operation once, so that the first request does not pay for lazy set-up. Leaves nothing behind but page 0's bytes."""
-        self._runner.warmup()
-        params = SamplingParams(do_sample=True, seed=1, temperature=0.7, top_p=0.9, top_k=20, repetition_penalty=1.1, input_penalty=True)
-        sequences = [Sequence(job_id="warm-up", token_ids=[0], num_prompt=1, params=p, max_kv_tokens=1) for p in (SamplingParams(), params)]
-        self._sampler.sample(torch.randn(len(sequences), self._limits.vocab_size, device=self._runner.device), sequences)
-
 
 def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None], *, is_checked: bool = False) -> Engine:
     """Choose sizes, read the weights, warm up, say Ready. Raises ConfigError."""
-    threads = CpuThreads(settings.num_threads)
+    settings = resolve(settings)
     config = ModelConfig.from_dir(Path(settings.model_dir))
     sizes = choose_sizes(settings, config)
-    runner = ModelRunner(Path(settings.model_dir), settings.device, sizes.dtype, sizes.num_pages, sizes.page_size, settings.load_workers,
-                         _progress_sender(send))
+    executor = _load_executor(settings, config, sizes, _progress_sender(send))
+    cache = executor.kv_cache
     scheduler = Scheduler(SchedulerSettings(
         role=settings.role,  # type: ignore[arg-type]
-        num_pages=sizes.num_pages, page_size=sizes.page_size, chunk_size=sizes.chunk_size, max_num_seqs=sizes.max_num_seqs,
-        max_batch_tokens=sizes.chunk_size + sizes.max_num_seqs, eos_ids=frozenset(config.eos_ids), prefix_cache=settings.use_prefix_cache))
-    layout = runner.kv_cache.layout(settings.model_name)
+        num_pages=cache.num_pages, page_size=sizes.page_size, chunk_size=sizes.chunk_size, max_num_seqs=sizes.max_num_seqs,
+        max_batch_tokens=sizes.chunk_size + sizes.max_num_seqs, eos_ids=frozenset(config.eos_ids), prefix_cache=settings.use_prefix_cache,
+        depth=executor.depth))
+    layout = cache.layout(settings.model_name)
     limits = Limits(vocab_size=config.vocab_size, max_seq_len=sizes.max_seq_len, prefill_only=settings.role == "prefill")
-    engine = Engine(runner, scheduler, limits, layout, inbox, send, threads, is_checked=is_checked)
-    engine.warm_up()
+    engine = Engine(executor, scheduler, limits, layout, inbox, send, is_checked=is_checked)
+    executor.warm_up()
     gc.collect()
     gc.freeze()  # the model's objects live for good: later collections need not look at them
-    send(Ready(layout=layout, pool=PoolAddress(address=runner.kv_cache.address, num_pages=sizes.num_pages),
-               max_total_tokens=sizes.num_pages * sizes.page_size, max_seq_len=sizes.max_seq_len, max_num_seqs=sizes.max_num_seqs,
+    send(Ready(layout=layout, pool=PoolAddress(address=cache.address, num_pages=cache.num_pages), device=settings.device,
+               max_total_tokens=cache.num_pages * sizes.page_size, max_seq_len=sizes.max_seq_len, max_num_seqs=sizes.max_num_seqs,
                chunk_size=sizes.chunk_size, vocab_size=config.vocab_size, eos_ids=tuple(config.eos_ids)))
     return engine
+
+
+def _load_executor(settings: EngineSettings, config: ModelConfig, sizes: EngineSizes, progress: Callable[[int, int], None]) -> Executor:
+    if settings.device != "cpu":
+        from workers.cuda_executor import CudaExecutor  # Triton and its kernels: only where there is a GPU
+
+        return CudaExecutor.create(settings, config, sizes, progress)
+    threads = CpuThreads(settings.num_threads)
+    runner = ModelRunner(Path(settings.model_dir), settings.device, sizes.dtype, sizes.num_pages, sizes.page_size, settings.load_workers,
+                         progress)
+    return EagerExecutor(runner, Sampler(sorted(eos for eos in config.eos_ids if eos < config.vocab_size)), settings.depth, threads)
 
 
 def _progress_sender(send: Callable[[Event], None]) -> Callable[[int, int], None]:

@@ -1,4 +1,4 @@
-"""The I/O process' end of the engine: start it, send commands, receive events, notice its death."""
+"""The I/O process' end of the engine: start it, send commands, receive events, notice its death and its silence."""
 
 import asyncio
 import json
@@ -11,12 +11,13 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict
 
 from workers.channel import AsyncChannel
-from workers.engine_messages import Command, Event, Shutdown, decode_event, encode
+from workers.engine_messages import Command, Event, Ping, Shutdown, decode_event, encode
 from workers.settings import EngineSettings
 
 log = logging.getLogger(__name__)
 
 SHUTDOWN_GRACE_S = 5.0
+PING_S = 1.0
 
 
 class EngineLink:
@@ -25,6 +26,7 @@ class EngineLink:
     def __init__(self, process: subprocess.Popen[bytes], channel: AsyncChannel) -> None:
         self.process = process
         self._channel = channel
+        self._num_events = 0
 
     @classmethod
     async def start(cls, settings: EngineSettings) -> "EngineLink":
@@ -41,7 +43,21 @@ class EngineLink:
     async def events(self) -> AsyncIterator[Event]:
         """Until the engine is gone."""
         async for data in self._channel:
+            self._num_events += 1
             yield decode_event(data)
+
+    async def silence(self, limit_s: float) -> None:
+        """Returns once a loaded engine has said nothing for `limit_s` although it was asked: its main thread hangs, or is stopped.
+
+        Counted in waits of this process, so that one which was stopped itself does not blame the engine. Needs `events` to be read.
+        """
+        wait_s, silent_s = min(PING_S, limit_s / 4), 0.0
+        while silent_s < limit_s:
+            if not silent_s:
+                self.send(Ping())
+            num_events = self._num_events
+            await asyncio.sleep(wait_s)
+            silent_s = silent_s + wait_s if num_events == self._num_events else 0.0
 
     async def stop(self) -> int:
         """Ask, wait, insist. Returns the exit status."""

@@ -80,6 +80,11 @@ class ReleasePin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ping:
+    """Answered by Pong between two steps: an engine that answers is not stuck."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shutdown:
     """Leave the loop and exit with status 0. (An engine whose channel closes exits at once.)"""
 
@@ -101,6 +106,7 @@ class Ready:
 
     layout: KVLayout
     pool: PoolAddress
+    device: str               # cpu or cuda:N
     max_total_tokens: Count   # what the KV pool holds
     max_seq_len: Count        # most tokens of one sequence, prompt and output
     max_num_seqs: Count       # sequences running at once
@@ -163,6 +169,11 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pong:
+    """The answer to Ping."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
     """Pages (free + cached + held == total; cached ones may be evicted, held ones not) and sequences by state.
 
@@ -180,14 +191,16 @@ class Stats:
     free_tokens: Count
 
 
-Command = AddSequence | ImportSequence | Activate | Cancel | ReleasePin | Shutdown
-Event = Progress | Ready | Tokens | Pinned | Imported | Failed | Stats
+Command = AddSequence | ImportSequence | Activate | Cancel | ReleasePin | Ping | Shutdown
+Event = Progress | Ready | Tokens | Pinned | Imported | Failed | Pong | Stats
 
 COMMANDS: dict[str, type[Command]] = {
-    "add": AddSequence, "import": ImportSequence, "activate": Activate, "cancel": Cancel, "release_pin": ReleasePin, "shutdown": Shutdown,
+    "add": AddSequence, "import": ImportSequence, "activate": Activate, "cancel": Cancel, "release_pin": ReleasePin, "ping": Ping,
+    "shutdown": Shutdown,
 }
 EVENTS: dict[str, type[Event]] = {
-    "progress": Progress, "ready": Ready, "tokens": Tokens, "pinned": Pinned, "imported": Imported, "failed": Failed, "stats": Stats,
+    "progress": Progress, "ready": Ready, "tokens": Tokens, "pinned": Pinned, "imported": Imported, "failed": Failed, "pong": Pong,
+    "stats": Stats,
 }
 
 

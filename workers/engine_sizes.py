@@ -1,6 +1,7 @@
-"""How large the engine's pool, steps and batches are: settings where given, else by device and free memory."""
+"""Where the engine runs and how large its pool, steps and batches are: settings where given, else by device and free memory."""
 
-from dataclasses import dataclass
+import importlib.util
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,12 +15,16 @@ CPU_PAGE_SIZE, GPU_PAGE_SIZE = 16, 64
 CPU_CHUNK_SIZE, GPU_CHUNK_SIZE = 512, 8192
 CPU_MAX_SEQS, GPU_MAX_SEQS = 64, 256
 CPU_POOL_BYTES = 4 << 30           # at most, unless max_total_token_num says more: other workers share the machine's memory
-GPU_RESERVE_BYTES = 3 << 30        # activations of a full chunk, graphs, the library's own
+MIN_GPU_PAGE_SIZE = 16
 ROLES = ("prefill", "decode", "both")
+FA3_PACKAGES = ("flash_attn_interface", "flash_attn")
+HOPPER = 9                         # major compute capability
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSizes:
+    """`num_pages` 0: the executor takes what the weights leave (on a GPU only: there nobody else takes memory meanwhile)."""
+
     dtype: torch.dtype
     page_size: int
     num_pages: int
@@ -28,25 +33,66 @@ class EngineSizes:
     chunk_size: int
 
 
+def resolve(settings: EngineSettings) -> EngineSettings:
+    """The same with a device that is there instead of "auto", and the depth that goes with it. Raises ConfigError."""
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu":
+        name = f"cuda:{_gpu_index(name)}"
+    if settings.depth not in (0, 1, 2):
+        raise ConfigError(f"depth must be 1 or 2 (0: by device), got {settings.depth}")
+    if settings.use_fa3:
+        raise ConfigError(f"--enable_fa3: {_why_no_fa3(name)}")
+    return replace(settings, device=name, depth=settings.depth or (1 if name == "cpu" else 2))
+
+
+def _gpu_index(name: str) -> int:
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or not (number.isdigit() or name == "cuda"):
+        raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    count = torch.cuda.device_count()
+    if not count:
+        raise ConfigError(f"--device {name}: PyTorch {torch.__version__} finds no CUDA device here")
+    if int(number or 0) >= count:
+        raise ConfigError(f"--device {name}: there are only {count} CUDA devices, numbered from 0")
+    return int(number or 0)
+
+
+def _why_no_fa3(device: str) -> str:
+    if device == "cpu":
+        return "Flash Attention 3 needs a Hopper GPU, and the device is the CPU"
+    if torch.cuda.get_device_capability(torch.device(device))[0] != HOPPER:
+        return f"Flash Attention 3 needs a Hopper GPU, and {device} is a {torch.cuda.get_device_name(device)}"
+    if not any(importlib.util.find_spec(package) for package in FA3_PACKAGES):
+        return f"none of the packages {', '.join(FA3_PACKAGES)} is installed"
+    return "this version has no use for it yet; its own kernels run without the flag"
+
+
 def choose_sizes(settings: EngineSettings, config: ModelConfig) -> EngineSizes:
-    """Raises ConfigError naming the setting that cannot be."""
-    is_cpu = torch.device(settings.device).type == "cpu"
+    """For `resolve`d settings. Raises ConfigError naming the flag that cannot be."""
+    is_cpu = settings.device == "cpu"
     for name in ("page_size", "max_total_token_num", "running_max_req_size", "chunked_prefill_size", "num_threads"):
         if getattr(settings, name) < 0:
-            raise ConfigError(f"{name} must not be negative, got {getattr(settings, name)}")
+            raise ConfigError(f"--{name} must not be negative, got {getattr(settings, name)}")
     if settings.role not in ROLES:
-        raise ConfigError(f"role must be one of {', '.join(ROLES)}, got {settings.role!r}")
+        raise ConfigError(f"--role must be one of {', '.join(ROLES)}, got {settings.role!r}")
     if not 0.0 < settings.mem_fraction <= 1.0:
-        raise ConfigError(f"mem_fraction must be above 0 and at most 1, got {settings.mem_fraction:g}")
+        raise ConfigError(f"--mem_fraction must be above 0 and at most 1, got {settings.mem_fraction:g}")
     if settings.max_req_total_len < 2:
-        raise ConfigError(f"max_req_total_len must be at least 2, got {settings.max_req_total_len}")
+        raise ConfigError(f"--max_req_total_len must be at least 2, got {settings.max_req_total_len}")
+    if settings.graph_max_batch_size < 1:
+        raise ConfigError(f"--graph_max_batch_size must be at least 1, got {settings.graph_max_batch_size}: --disable_cudagraph turns "
+                          "graphs off")
     dtype = _dtype(settings, config, is_cpu)
     page_size = settings.page_size or (CPU_PAGE_SIZE if is_cpu else GPU_PAGE_SIZE)
+    if not is_cpu and (page_size < MIN_GPU_PAGE_SIZE or page_size & (page_size - 1)):
+        raise ConfigError(f"--page_size must be a power of two and at least {MIN_GPU_PAGE_SIZE} on a GPU, got {page_size}")
     num_pages = settings.max_total_token_num // page_size
-    if not settings.max_total_token_num:
-        num_pages = _pool_bytes(settings, is_cpu) // bytes_per_page(config, page_size, dtype)
-    if num_pages < 1:
-        raise ConfigError(f"max_total_token_num {settings.max_total_token_num}, mem_fraction {settings.mem_fraction:g}: "
+    if is_cpu and not settings.max_total_token_num:
+        num_pages = _pool_bytes(settings) // bytes_per_page(config, page_size, dtype)
+    if num_pages < 1 and (is_cpu or settings.max_total_token_num):
+        raise ConfigError(f"--max_total_token_num {settings.max_total_token_num}, --mem_fraction {settings.mem_fraction:g}: "
                           f"no room for a KV page of {page_size} tokens")
     return EngineSizes(
         dtype=dtype, page_size=page_size, num_pages=num_pages, max_seq_len=min(settings.max_req_total_len, config.max_position),
@@ -58,16 +104,12 @@ def _dtype(settings: EngineSettings, config: ModelConfig, is_cpu: bool) -> torch
     name = settings.dtype if settings.dtype != "auto" else ("float32" if is_cpu else config.dtype)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(name)
     if dtype is None:
-        raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {settings.dtype!r}")
+        raise ConfigError(f"--data_type: dtype must be auto, float32, bfloat16 or float16, got {settings.dtype!r}")
     return dtype
 
 
-def _pool_bytes(settings: EngineSettings, is_cpu: bool) -> int:
-    if is_cpu:
-        return min(CPU_POOL_BYTES, int(_available_memory_bytes() * settings.mem_fraction / 2))
-    free, _ = torch.cuda.mem_get_info(torch.device(settings.device))
-    weights = sum(file.stat().st_size for file in Path(settings.model_dir).glob("*.safetensors"))
-    return max(0, int(free * settings.mem_fraction) - weights - GPU_RESERVE_BYTES)
+def _pool_bytes(settings: EngineSettings) -> int:
+    return min(CPU_POOL_BYTES, int(_available_memory_bytes() * settings.mem_fraction / 2))
 
 
 def _available_memory_bytes() -> int:

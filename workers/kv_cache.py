@@ -1,4 +1,4 @@
-"""The paged KV pool: one tensor for all layers, on a CPU in shared memory so that another process can copy pages out of it.
+"""The paged KV pool: one tensor for all layers, in memory that another process can map to copy pages out of it.
 
     gqa   [num_layers, 2, num_slots, kv_heads, head_dim]      keys, then values
     mla   [num_layers, num_slots, kv_lora_rank + rope_dim]    one latent for all heads
@@ -6,6 +6,7 @@
 A page is `page_size` slots in a row; slot = page id * page_size + offset. What the pages mean is the page pool's business.
 """
 
+import logging
 import mmap
 import os
 import warnings
@@ -17,7 +18,10 @@ from torch import Tensor
 
 from coordinator.errors import ConfigError, LayoutMismatch, Unavailable
 from coordinator.messages import KVLayout
+from workers import cuda_ipc
 from workers.model_config import ModelConfig
+
+log = logging.getLogger(__name__)
 
 
 class KVCache:
@@ -43,7 +47,8 @@ class KVCache:
             flat, fd = _shared_tensor(shape, dtype)
             cache = cls(flat, layout, num_pages, f"/proc/{os.getpid()}/fd/{fd}", fd)
         else:
-            cache = cls(torch.zeros(shape, dtype=dtype, device=device), layout, num_pages, "", -1)
+            flat, address = _device_tensor(shape, dtype, device)
+            cache = cls(flat, layout, num_pages, address, -1)
         slots = num_pages * page_size
         tail = (slots, config.kv_row) if config.mla else (2, slots, config.num_kv_heads, config.head_dim)
         cache.layers = list(cache._flat.view(config.num_layers, *tail))
@@ -59,6 +64,11 @@ class KVCache:
         shape = _flat_shape(layout, num_pages)
         dtype = _torch_dtype(layout)
         size = dtype.itemsize * shape[0] * shape[1] * shape[2]
+        if cuda_ipc.is_address(address):
+            data = cuda_ipc.attach(address)
+            if data.numel() != size:
+                raise LayoutMismatch("bytes of the pool", size, data.numel())
+            return cls(data.view(dtype).view(shape), layout, num_pages, address, -1)
         try:
             fd = os.open(address, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -80,6 +90,15 @@ class KVCache:
             os.close(self._fd)
             self._fd = -1
 
+    @property
+    def device(self) -> torch.device:
+        return self._flat.device
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Over all layers."""
+        return self._flat.shape[0] * self._flat.shape[2] * self._flat.itemsize
+
     def layout(self, model_name: str) -> KVLayout:
         """What another process's pool must agree with before pages move between the two."""
         return replace(self._layout, model=model_name)
@@ -87,7 +106,8 @@ class KVCache:
     def copy_pages_from(self, other: "KVCache", src_pages: Sequence[int], dst_pages: Sequence[int], num_tokens: int) -> None:
         """Copy the first `num_tokens` tokens held by `src_pages` of `other` into `dst_pages` of this pool, for all layers.
 
-        Both lists are in token order and hold enough pages. Pages that follow each other on both sides move in one copy.
+        Both lists are in token order and hold enough pages. Pages that follow each other on both sides move in one copy. Between
+        two pools on GPUs whole pages are copied, in one launch on the current stream; nothing here waits for it.
         Raises LayoutMismatch if the pools differ in more than their number of pages, ValueError for a page that does not exist.
         """
         check_same_layout(self._layout, replace(other._layout, model=self._layout.model))
@@ -95,9 +115,13 @@ class KVCache:
         num_pages = -(-num_tokens // size)
         if min(len(src_pages), len(dst_pages)) < num_pages:
             raise ValueError(f"{num_tokens} tokens need {num_pages} pages, got {len(src_pages)} and {len(dst_pages)}")
+        src_pages, dst_pages = src_pages[:num_pages], dst_pages[:num_pages]
         for pages, pool in ((src_pages, other), (dst_pages, self)):
-            if any(not 0 <= page < pool.num_pages for page in pages[:num_pages]):
+            if any(not 0 <= page < pool.num_pages for page in pages):
                 raise ValueError(f"a page outside of the pool of {pool.num_pages}")
+        if self._flat.is_cuda and other._flat.is_cuda:
+            self._launch_copy(other, src_pages, dst_pages)
+            return
         first = 0
         for i in range(1, num_pages + 1):
             if i < num_pages and src_pages[i] == src_pages[i - 1] + 1 and dst_pages[i] == dst_pages[i - 1] + 1:
@@ -106,6 +130,12 @@ class KVCache:
             src, dst = src_pages[first] * size, dst_pages[first] * size
             self._flat[:, dst : dst + count].copy_(other._flat[:, src : src + count])
             first = i
+
+    def _launch_copy(self, other: "KVCache", src_pages: Sequence[int], dst_pages: Sequence[int]) -> None:
+        from kernels.page_copy import copy_pages  # Triton, which only a GPU needs
+
+        pages = torch.tensor([src_pages, dst_pages], dtype=torch.int32, pin_memory=True).to(self.device, non_blocking=True)
+        copy_pages(other._flat, self._flat, pages[0], pages[1], self.page_size)
 
 
 def bytes_per_page(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
@@ -132,6 +162,16 @@ def _torch_dtype(layout: KVLayout) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise LayoutMismatch("dtype", "a torch dtype", layout.dtype)
     return dtype
+
+
+def _device_tensor(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, str]:
+    """A zeroed pool in a GPU's memory and its address; without one where the machine lets no process map another's memory."""
+    try:
+        data, address = cuda_ipc.allocate(dtype.itemsize * shape[0] * shape[1] * shape[2], device)
+    except Unavailable as error:
+        log.warning("no other process can copy KV pages from this one: %s", error)
+        return torch.zeros(shape, dtype=dtype, device=device), ""
+    return data.view(dtype).view(shape), address
 
 
 def _shared_tensor(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, int]:

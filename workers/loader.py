@@ -6,10 +6,12 @@ nothing for us; every name that the model needs must be there in its shape.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,10 +22,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from coordinator.errors import ConfigError
+from kernels.block_fp8 import BLOCK, BlockFp8
 from workers.model_config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+FP8_ROWS = 16                          # fp8 kernels take multiples of it
 SCALE_SUFFIX = "_scale_inv"            # beside each fp8 weight: float32 scales, one per block
 MAX_HEADER_BYTES = 100 * 1024 * 1024   # the format's own limit
 HASHED_SAMPLES, HASHED_BYTES = 64, 4096  # evenly spaced in each weight file
@@ -52,14 +58,17 @@ class Stored(NamedTuple):
 class Checkpoint:
     """The weights of `model_dir`, handed out as tensors of `dtype` on `device`. Safe to use from many threads.
 
+    `keeps_fp8`: fp8 weights are handed out as they are stored where a caller can take them so; None: on GPUs.
     Raises ConfigError: from the constructor for files that are missing, cut off or not safetensors, from the reading methods for
     tensors that are missing or of another shape, from `finish` for tensors that nobody read.
     """
 
     def __init__(self, model_dir: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device,
-                 progress: Progress | None = None) -> None:
+                 progress: Progress | None = None, *, keeps_fp8: bool | None = None) -> None:
         self.dtype = dtype
         self.device = device
+        self.keeps_fp8 = (device.type == "cuda" if keeps_fp8 is None else keeps_fp8) and config.fp8_block == (BLOCK, BLOCK)
+        self._started_at = time.monotonic()
         self._dir = model_dir
         self._fp8_block = config.fp8_block
         self._stored = {name: stored for name, stored in _stored_tensors(model_dir).items() if not _carries_nothing(name, config)}
@@ -82,13 +91,32 @@ class Checkpoint:
             self.fill(part, name)
         return out
 
+    def linear(self, names: Sequence[str], shape: list[int], *, rows: Sequence[int] | None = None) -> Tensor | BlockFp8:
+        """As `stacked`, for a matrix that may stay in fp8."""
+        parts = list(rows or shape[:1])
+        if not self._stays_fp8(names, parts, shape[-1]):
+            return self.stacked(names, shape, rows=parts)
+        out = self._empty_fp8(shape)
+        self._fill_fp8(out.data, out.scale, names, parts)
+        return out
+
+    def linears(self, names: Sequence[Sequence[str]], shape: list[int], *, rows: Sequence[int] | None = None) -> Tensor | BlockFp8:
+        """Matrices [B, N, K] of one shape, the names of each one's parts in `names`; otherwise as `linear`."""
+        parts = list(rows or shape[1:2])
+        if not self._stays_fp8([name for matrix in names for name in matrix], parts * len(names), shape[-1]):
+            whole = torch.empty(shape, dtype=self.dtype, device=self.device)
+            for matrix, of_matrix in zip(whole, names, strict=True):
+                for name, part in zip(of_matrix, matrix.split_with_sizes(parts), strict=True):
+                    self.fill(part, name)
+            return whole
+        out = self._empty_fp8(shape)
+        for data, scale, of_matrix in zip(out.data, out.scale, names, strict=True):
+            self._fill_fp8(data, scale, of_matrix, parts)
+        return out
+
     def fill(self, out: Tensor, name: str) -> None:
         """Copy the tensor `name` into `out`, which has its shape."""
-        stored = self._stored.get(name)
-        if stored is None:
-            raise ConfigError(f"{self._dir}: tensor {name} is missing")
-        if stored.shape != tuple(out.shape):
-            raise ConfigError(f"{stored.file}: tensor {name} has shape {list(stored.shape)}, the model needs {list(out.shape)}")
+        stored = self._expected(name, out.shape)
         if stored.dtype == "F8_E4M3":
             out.copy_(self._dequantized(name, stored))
         elif stored.dtype in DTYPE_BYTES:
@@ -108,6 +136,8 @@ class Checkpoint:
     def finish(self) -> None:
         """Check that everything was used, and unmap the files."""
         self._handles.clear()
+        size, seconds = self._loaded_bytes / 1e9, time.monotonic() - self._started_at
+        logger.info("read %.2f GB in %.1f s (%.2f GB/s)", size, seconds, size / max(seconds, 1e-9))
         if self._unread:
             names = sorted(self._unread)
             raise ConfigError(f"{self._dir}: {len(names)} tensors that the model does not know, the first: {', '.join(names[:3])}")
@@ -120,18 +150,51 @@ class Checkpoint:
             tensor: Tensor = handle.get_tensor(name)  # a view of the mapped file: no bytes are read yet
             return tensor
 
+    def _expected(self, name: str, shape: Sequence[int]) -> Stored:
+        """What is stored as `name`, which must have that shape."""
+        stored = self._stored.get(name)
+        if stored is None:
+            raise ConfigError(f"{self._dir}: tensor {name} is missing")
+        if stored.shape != tuple(shape):
+            raise ConfigError(f"{stored.file}: tensor {name} has shape {list(stored.shape)}, the model needs {list(shape)}")
+        return stored
+
+    def _stays_fp8(self, names: Sequence[str], rows: Sequence[int], columns: int) -> bool:
+        """Whether all parts are fp8 and their blocks fit kernels: whole ones in every row and in every part that another follows."""
+        is_fp8 = all(name in self._stored and self._stored[name].dtype == "F8_E4M3" for name in names)
+        fits = columns % BLOCK == 0 and rows[-1] % FP8_ROWS == 0 and all(count % BLOCK == 0 for count in rows[:-1])
+        return self.keeps_fp8 and is_fp8 and fits
+
+    def _empty_fp8(self, shape: list[int]) -> BlockFp8:
+        *batch, rows, columns = shape
+        return BlockFp8(torch.empty(shape, dtype=torch.float8_e4m3fn, device=self.device),
+                        torch.empty([*batch, -(-rows // BLOCK), -(-columns // BLOCK)], dtype=torch.float32, device=self.device))
+
+    def _fill_fp8(self, data: Tensor, scale: Tensor, names: Sequence[str], rows: list[int]) -> None:
+        """Copy e4m3 numbers and their scales as they are; the parts' rows follow each other."""
+        by_part = data.split_with_sizes(rows), scale.split_with_sizes([-(-count // BLOCK) for count in rows])
+        for name, numbers, scales in zip(names, *by_part, strict=True):
+            stored = self._expected(name, numbers.shape)
+            scales.copy_(self._block_scales(name, stored))
+            numbers.copy_(self._mapped(name, stored))
+            self._count(name, stored)
+
     def _dequantized(self, name: str, stored: Stored) -> Tensor:
         """e4m3 values times the scale of their block."""
+        scale = self._block_scales(name, stored).float()
+        (rows, columns), (block_rows, block_columns) = stored.shape, self._fp8_block or (BLOCK, BLOCK)
+        by_element = scale.repeat_interleave(block_rows, 0)[:rows].repeat_interleave(block_columns, 1)[:, :columns]
+        return self._mapped(name, stored).float().mul_(by_element)
+
+    def _block_scales(self, name: str, stored: Stored) -> Tensor:
         scales = self._stored.get(name + SCALE_SUFFIX)
         if self._fp8_block is None or scales is None or len(stored.shape) != 2:
             raise ConfigError(f"{stored.file}: {name} is fp8, but it or config.json's quantization_config lacks what block scales need")
         (rows, columns), (block_rows, block_columns) = stored.shape, self._fp8_block
         if scales.shape != (-(-rows // block_rows), -(-columns // block_columns)):
             raise ConfigError(f"{stored.file}: {name}{SCALE_SUFFIX} of shape {list(scales.shape)} does not cover {list(stored.shape)}")
-        scale = self._mapped(name + SCALE_SUFFIX, scales).float()
         self._count(name + SCALE_SUFFIX, scales)
-        by_element = scale.repeat_interleave(block_rows, 0)[:rows].repeat_interleave(block_columns, 1)[:, :columns]
-        return self._mapped(name, stored).float().mul_(by_element)
+        return self._mapped(name + SCALE_SUFFIX, scales)
 
     def _count(self, name: str, stored: Stored) -> None:
         with self._lock:

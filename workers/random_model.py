@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from coordinator.errors import ConfigError
-from workers.loader import INDEX, SINGLE
+from kernels.block_fp8 import BLOCK, quantize
+from workers.loader import INDEX, SCALE_SUFFIX, SINGLE
 from workers.model_config import DTYPES, ModelConfig
 from workers.random_tokenizer import BOS_ID, EOS_ID, write_tokenizer
 
@@ -39,6 +40,9 @@ LLAMA_SMALL: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": 512, "max_position_embeddings": 2048,
 }
+
+
+FP8_CONFIG: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,16 +111,19 @@ OVERRIDE_KEYS = {"layers": "num_hidden_layers", "hidden": "hidden_size", "interm
 
 
 def write_random_model(path: Path, like: str, overrides: Overrides | None = None, *, seed: int = 0, dtype: str = "float32",
-                       full: bool = False) -> Path:
+                       full: bool = False, fp8: bool = False) -> Path:
     """Write a checkpoint to the folder `path` (made if need be) and return it.
 
     like   one of KINDS
     full   the published sizes, weights normal(0, 0.02); otherwise tiny with every feature, weights spread so that layers matter
+    fp8    the projections of attention and feed-forward blocks as DeepSeek-V3 stores them: e4m3 with block scales; the rest in dtype
     Raises ConfigError for an unknown kind, dtype or sizes that do not fit together.
     """
     if like not in KINDS or dtype not in DTYPES:
         raise ConfigError(f"no random model like {like!r} in {dtype!r}: choose from {', '.join(KINDS)} and {', '.join(DTYPES)}")
     config = _config(KINDS[like], overrides or Overrides(), dtype, full=full)
+    if fp8:
+        config["quantization_config"] = FP8_CONFIG
     parsed = ModelConfig.parse(config)
     path.mkdir(parents=True, exist_ok=True)
     _write_json(path / "config.json", config)
@@ -154,12 +161,13 @@ def _write_shards(path: Path, config: ModelConfig, seed: int, dtype: torch.dtype
         held = 0
 
     for name, shape in tensor_shapes(config):
-        tensor = _random_tensor(name, shape, seed, dtype, std)
-        if held and held + tensor.nbytes > SHARD_BYTES:
+        tensors = _stored_as(name, _random_tensor(name, shape, seed, dtype, std), is_fp8=config.fp8_block is not None)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if held and held + size > SHARD_BYTES:
             flush()
-        shard[name] = tensor
-        held += tensor.nbytes
-        total += tensor.nbytes
+        shard.update(tensors)
+        held += size
+        total += size
     flush()
     if len(set(files.values())) == 1:
         next(iter(files.values())).rename(path / SINGLE)
@@ -176,6 +184,14 @@ def _random_tensor(name: str, shape: tuple[int, ...], seed: int, dtype: torch.dt
         std = 0.1 if len(shape) == 1 else 1.0 if "embed_tokens" in name else 1.0 / math.sqrt(shape[-1])
     kept = torch.float32 if name.endswith("e_score_correction_bias") else dtype
     return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator).to(kept)
+
+
+def _stored_as(name: str, tensor: Tensor, *, is_fp8: bool) -> dict[str, Tensor]:
+    """The tensor as the files hold it: of an fp8 model every projection in blocks, with the scales beside it."""
+    if not is_fp8 or not name.removesuffix("_with_mqa.weight").removesuffix(".weight").endswith("_proj"):
+        return {name: tensor}
+    weight = quantize(tensor)
+    return {name: weight.data, name + SCALE_SUFFIX: weight.scale}
 
 
 def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -7,6 +7,7 @@ before temperature and the filters: what the model thought, comparable between g
 """
 
 import zlib
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
 import torch
@@ -27,14 +28,16 @@ class Sampler:
         self._eos_ids = tuple(eos_ids)
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, sequences: list[Sequence]) -> tuple[list[int], list[float]]:
+    def sample(self, logits: Tensor, sequences: list[Sequence],
+               newest: Mapping[Sequence, int] | None = None) -> tuple[list[int], list[float]]:
         """One token id and its log probability per row.
 
         logits  [num_seqs, vocab_size] fp32; changed in place
+        newest  the last token of those sequences that do not know it yet (`Sequence.num_in_flight`)
         """
         if not sequences:
             return [], []
-        self._adjust(logits, sequences)
+        self._adjust(logits, sequences, newest or {})
         largest, top_ids = argmax(logits)
         # One fused softmax also yields the normaliser: at the maximum the probability is 1 / sum(exp(logit - max)).
         probs = logits.softmax(-1)
@@ -48,7 +51,7 @@ class Sampler:
         logprobs = logits.gather(1, token_ids) - log_normaliser
         return token_ids.flatten().tolist(), logprobs.flatten().tolist()
 
-    def _adjust(self, logits: Tensor, sequences: list[Sequence]) -> None:
+    def _adjust(self, logits: Tensor, sequences: list[Sequence], newest: Mapping[Sequence, int]) -> None:
         if not any(needs_adjusting(sequence.params) for sequence in sequences):
             return
         counts: dict[int, TokenCounts] = {}
@@ -56,7 +59,7 @@ class Sampler:
             if sequence.params.has_penalties:
                 if sequence.sampling is None:
                     sequence.sampling = TokenCounts(0 if sequence.params.input_penalty else sequence.num_prompt)
-                sequence.sampling.update(sequence.token_ids)
+                sequence.sampling.update([*sequence.token_ids, newest[sequence]] if sequence in newest else sequence.token_ids)
                 counts[row] = sequence.sampling
         adjust(logits, sequences, counts, self._eos_ids)
 

@@ -1,5 +1,10 @@
 """Decide which sequences run next, and which pages they own. Knows counts, token ids and page ids; never a tensor, a socket or a clock.
 
+A step is scheduled, launched and later completed. With depth 2 the next one is scheduled and launched in between, before the tokens of
+the first are known: a sequence then goes on with a token that only the device has yet (`ForwardBatch.carried`), and if that turns out to
+be its last one, the row was computed in vain and is dropped. Steps run in the order of their launch, so whatever a launched step computes
+may be built on by the next (shared, freed, written over); only what leaves the engine waits for `complete`.
+
 A sequence is admitted only when the projected peak, with every running sequence going on to its last token, fits the pool less
 what is pinned; cached pages count as free. So a pool normally never runs out in mid-decode; if it does, the youngest sequence
 gives its pages back and is computed again later. Order is first come, first served: the head of the queue is never overtaken.
@@ -24,7 +29,8 @@ Role = Literal["prefill", "decode", "both"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerSettings:
-    """`chunk_size` bounds one sequence's prefill tokens in a step, `max_batch_tokens` all tokens of a step."""
+    """`chunk_size` bounds one sequence's prefill tokens in a step, `max_batch_tokens` all tokens of a step, `depth` the steps that are
+    launched and not completed when `schedule` returns, its own included."""
 
     role: Role = "both"
     num_pages: int
@@ -34,9 +40,11 @@ class SchedulerSettings:
     max_num_seqs: int
     eos_ids: frozenset[int] = frozenset()
     prefix_cache: bool = True
+    depth: int = 1
 
     def __post_init__(self) -> None:
         assert self.num_pages > 0 and self.page_size > 0 and self.chunk_size > 0 and self.max_num_seqs > 0
+        assert self.depth in (1, 2), "a token is carried from the step just before"
         assert self.max_batch_tokens > self.max_num_seqs, "a step must hold every running sequence and at least one token of prefill"
 
 
@@ -60,11 +68,23 @@ class Step:
     sampled: list[Sequence] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
     imported: list[Imported] = field(default_factory=list)
+    prefilled: list[tuple[Sequence, Prefilled]] = field(default_factory=list)  # prompts whose last token it runs, once launched
+    num_tokens: int = 0
     is_pool_short: bool = False  # a sequence was preempted: nobody new comes in before the next step
+
+    def take(self, sequence: Sequence, count: int) -> None:
+        self.chunks[sequence] = count
+        self.num_tokens += count
+
+    def drop(self, sequence: Sequence) -> None:
+        self.num_tokens -= self.chunks.pop(sequence, 0)
 
 
 class Scheduler:
-    """Call `schedule`, run the step, call `complete`; add, cancel and the rest in between."""
+    """Call `schedule`, launch its `batch`, call `advance`, then `complete` when the tokens are there; add, cancel and the rest in between.
+
+    With depth 2 a step is completed after the next one was launched, or before the next is scheduled, as it comes.
+    """
 
     def __init__(self, settings: SchedulerSettings) -> None:
         self.settings = settings
@@ -141,59 +161,79 @@ class Scheduler:
     def schedule(self) -> Step:
         """The next step: all decodes, then prefill in order of arrival. Its `chunks` are empty when there is nothing to run."""
         step = Step()
-        self._take_decodes(step)
-        self._take_prefills(step)
+        self._take_running(step)
         self._admit(step)
         step.sampled = [sequence for sequence, count in step.chunks.items() if count == sequence.num_pending]
         return step
 
     def batch(self, step: Step) -> ForwardBatch:
-        """The step as the flat lists that the model runs on."""
+        """The step as the flat lists that the model runs on. Before `advance`."""
         size = self.settings.page_size
         batch = ForwardBatch(token_ids=[], positions=[], slot_mapping=[], query_lens=[], seq_lens=[], page_tables=[], logit_rows=[])
         for sequence, count in step.chunks.items():
-            start, end, pages = sequence.num_computed, sequence.num_computed + count, sequence.page_table
-            batch.token_ids += sequence.token_ids[start:end]
-            batch.positions += range(start, end)
-            batch.slot_mapping += [pages[position // size] * size + position % size for position in range(start, end)]
+            start, pages, known = sequence.num_computed, sequence.page_table, sequence.token_ids
+            end = start + count
+            is_carried = start == len(known)
+            if is_carried:
+                batch.token_ids.append(0)
+            elif count == 1:
+                batch.token_ids.append(known[start])
+            else:
+                batch.token_ids += known[start:end]
+            if count == 1:  # almost all of them: worth their own lines
+                batch.positions.append(start)
+                batch.slot_mapping.append(pages[start // size] * size + start % size)
+            else:
+                batch.positions += range(start, end)
+                batch.slot_mapping += _slots(pages, start, end, size)
             batch.query_lens.append(count)
             batch.seq_lens.append(end)
             batch.page_tables.append(pages)
-            if end == len(sequence.token_ids):
+            batch.carried.append(sequence.sample_row if is_carried else -1)
+            if end == sequence.num_tokens:
                 batch.logit_rows.append(len(batch.token_ids) - 1)
         return batch
 
+    def advance(self, step: Step) -> None:
+        """The step was launched: its tokens count as computed, full pages of prompts can be found, and what it draws is in flight."""
+        for sequence, count in step.chunks.items():
+            sequence.num_computed += count
+            if sequence.is_prefill_reported and count == 1:
+                continue
+            self._share(sequence)
+            if not sequence.num_pending and not sequence.is_prefill_reported:
+                sequence.is_prefill_reported = True
+                step.prefilled.append((sequence, Prefilled(sequence.job_id, sequence.num_cached_tokens)))
+        for row, sequence in enumerate(step.sampled):
+            sequence.num_in_flight += 1
+            sequence.sample_row = row
+
     def complete(self, step: Step, token_ids: Seq[int], logprobs: Seq[float]) -> list[Tokens | Pinned | Failed]:
-        """Take in the tokens drawn for `step.sampled`; returns the events in the order in which they are to be sent."""
-        prefilled = self._advance(step)
+        """Take in the tokens drawn for `step.sampled`; returns the events in the order in which they are to be sent.
+
+        What was drawn for a sequence that ended after the launch is dropped. One that was preempted gets its token all the same.
+        """
+        prefilled = [told for sequence, told in step.prefilled if sequence.state is not State.FINISHED]
+        finished, eos_ids, is_prefill = State.FINISHED, self.settings.eos_ids, self.settings.role == "prefill"
         rows: list[TokenRow] = []
         after: list[Pinned | Failed] = []
         for sequence, token_id, logprob in zip(step.sampled, token_ids, logprobs, strict=True):
+            if sequence.state is finished:
+                continue
+            sequence.num_in_flight -= 1
             if not isfinite(logprob):
                 self.cancel(sequence.job_id)
                 after.append(Failed(job_id=sequence.job_id, error=f"the model gave no next token (log probability {logprob})"))
                 continue
             sequence.token_ids.append(token_id)
-            finish = sequence.finish_reason(self.settings.eos_ids)
-            rows.append(TokenRow(sequence.job_id, sequence.num_output - 1, token_id, logprob, finish))
+            finish = sequence.finish_reason(eos_ids)
+            rows.append(TokenRow(sequence.job_id, len(sequence.token_ids) - sequence.num_prompt - 1, token_id, logprob, finish))
             if finish:
                 self.cancel(sequence.job_id)
-            elif self.settings.role == "prefill":
+            elif is_prefill:
                 after.append(self._pin(sequence))
         tokens = [Tokens(rows=tuple(rows), prefilled=tuple(prefilled))] if rows or prefilled else []
         return [*tokens, *after]
-
-    def _advance(self, step: Step) -> list[Prefilled]:
-        """Count the step's tokens as computed, share pages of prompts, and tell whose prompt is complete."""
-        prefilled = []
-        for sequence, count in step.chunks.items():
-            sequence.num_computed += count
-            if count > 1 or not sequence.is_prefill_reported:
-                self._share(sequence)
-            if not sequence.num_pending and not sequence.is_prefill_reported:
-                sequence.is_prefill_reported = True
-                prefilled.append(Prefilled(sequence.job_id, sequence.num_cached_tokens))
-        return prefilled
 
     # ---- views ----
 
@@ -226,24 +266,33 @@ class Scheduler:
             assert [node.page for node in sequence.path] == sequence.page_table[:len(sequence.path)]
             assert len(sequence.page_table) * self.settings.page_size >= sequence.num_computed
             assert sequence.page_table or sequence.state in (State.WAITING, State.FINISHED)
+            assert 0 <= sequence.num_in_flight <= self.settings.depth
 
     # ---- which sequences ----
 
-    def _take_decodes(self, step: Step) -> None:
+    def _take_running(self, step: Step) -> None:
+        running, is_prefill, size = State.RUNNING, self.settings.role == "prefill", self.settings.page_size
+        prefills = []
         for sequence in list(self._active):
-            if sequence.state is State.RUNNING and sequence.num_pending == 1 and self._reserve(sequence, 1, step):
-                step.chunks[sequence] = 1
-
-    def _take_prefills(self, step: Step) -> None:
-        for sequence in list(self._active):
-            if sequence.state is State.RUNNING and sequence.num_pending > 1:
+            if sequence.state is not running:
+                continue  # importing, or preempted a moment ago
+            if sequence.num_pending > 1:
+                prefills.append(sequence)
+            elif sequence.num_in_flight and (is_prefill or sequence.num_remaining <= 0):
+                continue  # it ends, or is pinned, with the token that is being drawn
+            elif sequence.num_computed < len(sequence.page_table) * size or self._reserve(sequence, 1, step):
+                step.take(sequence, 1)
+        for sequence in prefills:
+            if sequence.state is running:
                 count = min(sequence.num_pending, self.settings.chunk_size, self._budget(step))
                 if count > 0 and self._reserve(sequence, count, step):
-                    step.chunks[sequence] = count
+                    step.take(sequence, count)
 
     def _admit(self, step: Step) -> None:
         while self._waiting and self._may_admit and not step.is_pool_short and len(self._active) < self.settings.max_num_seqs:
             sequence = self._waiting[0]
+            if sequence.num_in_flight:
+                return  # preempted while its newest token was drawn: it needs to know all of them to start over
             if sequence.source is None and self._budget(step) <= 0:
                 return
             limit = sequence.source.num_tokens if sequence.source else len(sequence.token_ids) - 1
@@ -279,7 +328,7 @@ class Scheduler:
             sequence.num_cached_tokens = min(sequence.num_computed, sequence.num_prompt)
         count = min(sequence.num_pending, self.settings.chunk_size, self._budget(step))
         if self._reserve(sequence, count, step):
-            step.chunks[sequence] = count
+            step.take(sequence, count)
 
     def _start_import(self, sequence: Sequence, source: ImportSource, step: Step) -> None:
         sequence.is_prefill_reported = True
@@ -296,21 +345,26 @@ class Scheduler:
         step.copies.append(copy)
 
     def _budget(self, step: Step) -> int:
-        return self.settings.max_batch_tokens - sum(step.chunks.values())
+        return self.settings.max_batch_tokens - step.num_tokens
 
     # ---- which pages ----
 
     def _fits(self, candidate: Sequence) -> bool:
         """Whether the pool lasts to everybody's end if the candidate (its path matched and locked) joins."""
+        everybody = (*self._active, candidate)
+        num_held, num_pages = self.num_held_pages, self.settings.num_pages
+        if num_held + sum(map(self._growth, everybody)) <= num_pages:
+            return True  # all of them at their largest, side by side
         per_step = min(self.settings.chunk_size, self.settings.max_batch_tokens - self.settings.max_num_seqs)
         projections, num_prefill_tokens = [], 0
-        for sequence in (*self._active, candidate):
+        for sequence in everybody:
             num_prefill_tokens += sequence.num_pending - 1
             is_end_known = self.settings.role != "prefill" and sequence.source is None  # else it waits for a command, then or now
-            end = sequence.num_remaining + num_prefill_tokens // per_step + 1 if is_end_known else NEVER
-            projections.append(Projection(end=end, num_tokens=len(sequence.token_ids), num_pages=self._num_pages(sequence),
+            # Pages come back when the last step is completed; by then as many more as the depth says have been launched.
+            end = sequence.num_remaining + num_prefill_tokens // per_step + self.settings.depth if is_end_known else NEVER
+            projections.append(Projection(end=end, num_tokens=sequence.num_tokens, num_pages=self._num_pages(sequence),
                                           growth=self._growth(sequence), own_pages=self._num_own_pages(sequence) if is_end_known else 0))
-        return fits(projections, num_held=self.num_held_pages, num_pages=self.settings.num_pages, page_size=self.settings.page_size)
+        return fits(projections, num_held=num_held, num_pages=num_pages, page_size=self.settings.page_size)
 
     def _growth(self, sequence: Sequence) -> int:
         """Pages that it may still take."""
@@ -329,14 +383,18 @@ class Scheduler:
         if missing <= 0:
             return True
         while self.pool.num_free + self.cache.num_evictable < missing:
-            victim = next(other for other in reversed(self._active) if other.state is State.RUNNING)
+            victim = next(other for other in reversed(self._active) if self._is_preemptible(other))
             self._preempt(victim)
             step.is_pool_short = True
-            step.chunks.pop(victim, None)
+            step.drop(victim)
             if victim is sequence:
                 return False
         sequence.page_table += self._allocate(sequence, missing)
         return True
+
+    def _is_preemptible(self, sequence: Sequence) -> bool:
+        """A sequence whose last prompt token was launched in role prefill is as good as pinned."""
+        return sequence.state is State.RUNNING and not (sequence.num_in_flight and self.settings.role == "prefill")
 
     def _allocate(self, sequence: Sequence, count: int) -> list[int]:
         self.cache.evict(count - self.pool.num_free)
@@ -352,6 +410,7 @@ class Scheduler:
 
     def _share(self, sequence: Sequence) -> None:
         """Let others find its full pages while it runs."""
+        sequence.page_table = list(sequence.page_table)  # the cache may exchange pages in it, and an executor may know the old one
         self.cache.insert(sequence.path, sequence.token_ids, sequence.page_table, sequence.num_computed)
 
     def _pin(self, sequence: Sequence) -> Pinned:
@@ -369,3 +428,12 @@ class Scheduler:
         self.pool.release(sequence.page_table)
         sequence.page_table = []
         self._may_admit = True
+
+
+def _slots(pages: list[int], start: int, end: int, size: int) -> list[int]:
+    """Where the tokens [start, end) of a sequence with these pages lie in the pool."""
+    slots: list[int] = []
+    for index in range(start // size, (end - 1) // size + 1):
+        first = pages[index] * size
+        slots += range(first + max(0, start - index * size), first + min(size, end - index * size))
+    return slots

@@ -1,10 +1,14 @@
 """One request inside the engine: its whole life as plain counters; everything else is derived.
 
-    token_ids   [ prompt 0..num_prompt | output ................................ ]
-    KV cache    [ computed 0..num_computed            | pending, next to run     ]
-    page_table  [ path: shared with the prefix tree | ours, filled | ours, blank ]
+    token_ids   [ prompt 0..num_prompt | output, known ............. ]( num_in_flight: being drawn )
+    KV cache    [ computed 0..num_computed            | pending, next to run                      ]
+    page_table  [ path: shared with the prefix tree | ours, filled | ours, blank                  ]
 
 The output index of a token is its position less num_prompt, also when a sequence starts with output that was shown before.
+
+A device may still be drawing a sequence's newest token when its next step is prepared. Such a token counts in all numbers (it has its
+place, and its keys and values may be computed) but is not in `token_ids`: whoever reads those sees known tokens only. `num_computed`
+grows when a step is launched, so it says what later steps will find, not what has been computed by now.
 """
 
 import enum
@@ -61,21 +65,32 @@ class Sequence:
     source: ImportSource | None = None   # set until an import was activated
     state: State = State.WAITING
     num_computed: int = 0
+    num_in_flight: int = 0               # tokens that launched steps draw: at most 1 when a step is scheduled
+    sample_row: int = -1                 # where the newest of them will stand among its step's samples
     num_cached_tokens: int = 0           # of the prompt, found in the prefix tree when it was first admitted
     page_table: list[int] = field(default_factory=list)
     path: list[Node] = field(default_factory=list)  # nodes of the first len(path) pages, locked
     generation: int = 0                  # of its pin
     is_prefill_reported: bool = False
     sampling: Any = None                 # the sampler's memory of this sequence; opaque here
+    stop_runs: list[list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stop_runs = [list(run) for run in self.params.stop_token_runs]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_in_flight
 
     @property
     def num_output(self) -> int:
-        return len(self.token_ids) - self.num_prompt
+        """Also the output index of the token that the next step draws."""
+        return len(self.token_ids) + self.num_in_flight - self.num_prompt
 
     @property
     def num_pending(self) -> int:
         """Tokens that must run before the next one can be drawn: 1 in decode, more in prefill."""
-        return len(self.token_ids) - self.num_computed
+        return len(self.token_ids) + self.num_in_flight - self.num_computed
 
     @property
     def num_remaining(self) -> int:
@@ -85,13 +100,15 @@ class Sequence:
         return num_pages_for(self.max_kv_tokens, page_size)
 
     def finish_reason(self, eos_ids: frozenset[int]) -> EngineFinish | None:
-        """Why the last output token ended it, or None."""
-        if not self.params.ignore_eos and self.token_ids[-1] in eos_ids:
+        """Why the last known output token ended it, or None."""
+        token_ids = self.token_ids
+        num_known = len(token_ids) - self.num_prompt
+        if token_ids[-1] in eos_ids and not self.params.ignore_eos:
             return "stop"
-        for run in self.params.stop_token_runs:
-            if len(run) <= self.num_output and self.token_ids[-len(run):] == list(run):
+        for run in self.stop_runs:
+            if len(run) <= num_known and token_ids[-len(run):] == run:
                 return "stop"
-        return "length" if self.num_remaining <= 0 else None
+        return "length" if num_known >= self.params.max_new_tokens else None
 
 
 def num_pages_for(num_tokens: int, page_size: int) -> int:

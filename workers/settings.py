@@ -10,9 +10,9 @@ class EngineSettings:
     model_dir: str
     model_name: str
     role: str                        # prefill, decode or both
-    device: str = "cpu"
+    device: str = "cpu"              # auto (a GPU if there is one), cpu, cuda or cuda:N
     dtype: str = "auto"              # auto: float32 on CPU, the checkpoint's on GPU
-    page_size: int = 0
+    page_size: int = 0               # tokens
     max_total_token_num: int = 0     # tokens that the KV pool holds
     mem_fraction: float = 0.9        # of the free memory, when max_total_token_num is 0
     max_req_total_len: int = 16384   # prompt + output of one sequence
@@ -21,6 +21,10 @@ class EngineSettings:
     load_workers: int = 1
     num_threads: int = 0             # CPU threads for the math of any step
     use_prefix_cache: bool = True
+    graph_max_batch_size: int = 256  # decoding sequences up to which steps are CUDA graphs
+    use_cuda_graphs: bool = True
+    use_fa3: bool = False
+    depth: int = 0                   # steps between launch and result: 1 on CPU, 2 on GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,3 +38,4 @@ class WorkerSettings:
     drain_timeout_s: float = 30.0
     max_queued: int = 0              # jobs per class before producers get 429; 0: the bound that is there
     lease_s: float = 5.0
+    engine_stall_s: float = 0.0      # an engine silent for this long is killed; 0: by device

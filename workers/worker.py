@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
 CONFIG_STATUS = 2   # starting again would not help
+CPU_STALL_S, GPU_STALL_S = 120.0, 60.0  # many times the longest step
 NO_STATS = Stats(free_pages=0, total_pages=0, cached_pages=0, held_pages=0, pinned=0, running=0, waiting=0, importing=0, free_tokens=1)
 
 
@@ -49,12 +50,12 @@ class Worker:
     async def run(self) -> int:
         settings = self._settings
         engine = await EngineLink.start(settings.engine)
-        pump: asyncio.Task[None] | None = None
+        tasks: list[asyncio.Task[None]] = []
         try:
             events = engine.events()
             ready = await self._load(engine, events)
             tokenizer = await asyncio.to_thread(Tokenizer.from_dir, settings.engine.model_dir)
-            pump = asyncio.create_task(self._pump(engine, events))
+            tasks += [asyncio.create_task(self._pump(engine, events)), asyncio.create_task(self._watch(engine, ready))]
             bus = await Bus.connect(settings.nats_url, name=settings.worker_id, on_fatal=lambda error: self._fail(f"NATS: {error}"))
             store = Store(settings.redis_url, lease_s=settings.lease_s)
             await self._until_provisioned(bus, store)
@@ -66,8 +67,8 @@ class Worker:
             await bus.close()
             await store.close()
         finally:
-            if pump is not None:
-                pump.cancel()
+            for task in tasks:
+                task.cancel()
             status = await engine.stop()
         if self._failure:
             log.error("%s", self._failure)
@@ -123,11 +124,19 @@ class Worker:
             if self._incarnation is not None:
                 self._incarnation.on_event(event)
         status = await asyncio.to_thread(engine.process.wait)
-        self._blame = "death" if status in (-signal.SIGKILL, -signal.SIGTERM) else "crash"
-        self._fail(f"the engine process ended with status {status}")
+        self._fail(f"the engine process ended with status {status}", "death" if status in (-signal.SIGKILL, -signal.SIGTERM) else "crash")
 
-    def _fail(self, why: str) -> None:
-        self._failure = self._failure or why
+    async def _watch(self, engine: EngineLink, ready: Ready) -> None:
+        """An engine that hangs is ended, and is as good as one that crashed: its jobs go back into the queue, each of them a suspect."""
+        limit_s = self._settings.engine_stall_s or (CPU_STALL_S if ready.device == "cpu" else GPU_STALL_S)
+        await engine.silence(limit_s)
+        self._fail(f"the engine process made no progress for {limit_s:g} s: killed", "crash")
+        engine.process.kill()
+
+    def _fail(self, why: str, blame: Blame = "") -> None:
+        """The first reason counts."""
+        if not self._failure:
+            self._failure, self._blame = why, blame
         self._stopping.set()
 
 
@@ -140,7 +149,7 @@ def _parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
     add("--model_dir", required=True)
     add("--model_name", default="default_model_name")
     add("--worker_id", default="")
-    add("--device", default="cpu")
+    add("--device", default="auto")
     add("--data_type", default="auto")
     add("--page_size", type=int, default=0)
     add("--max_total_token_num", type=int, default=0)
@@ -151,8 +160,12 @@ def _parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
     add("--num_threads", type=int, default=0)
     add("--load_workers", type=int, default=1)
     add("--disable_dynamic_prompt_cache", action="store_true")
+    add("--graph_max_batch_size", type=int, default=256)
+    add("--disable_cudagraph", action="store_true")
+    add("--enable_fa3", action="store_true")
     add("--max_queued", type=int, default=0, help="jobs per class before producers get 429 (default: the bound that is there)")
     add("--lease_s", type=float, default=5.0, help="a worker silent for this long is taken for dead")
+    add("--engine_stall_s", type=float, default=0.0, help="kill an engine silent for this long (default: 60 on a GPU, 120 on a CPU)")
     add("--drain_timeout", type=float, default=30.0)
     add("--log_level", default="warning")
     flags = parser.parse_args(argv)
@@ -162,10 +175,12 @@ def _parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
         dtype=dtypes.get(flags.data_type, flags.data_type), page_size=flags.page_size, max_total_token_num=flags.max_total_token_num,
         mem_fraction=flags.mem_fraction, max_req_total_len=flags.max_req_total_len, running_max_req_size=flags.running_max_req_size,
         chunked_prefill_size=flags.chunked_prefill_size, load_workers=flags.load_workers, num_threads=flags.num_threads,
-        use_prefix_cache=not flags.disable_dynamic_prompt_cache)
+        use_prefix_cache=not flags.disable_dynamic_prompt_cache, graph_max_batch_size=flags.graph_max_batch_size,
+        use_cuda_graphs=not flags.disable_cudagraph, use_fa3=flags.enable_fa3)
     worker_id = flags.worker_id or f"{flags.role}-{os.getpid()}"
     return WorkerSettings(nats_url=flags.nats_url, redis_url=flags.redis_url, worker_id=worker_id, engine=engine,
-                          drain_timeout_s=flags.drain_timeout, max_queued=flags.max_queued, lease_s=flags.lease_s), flags.log_level
+                          drain_timeout_s=flags.drain_timeout, max_queued=flags.max_queued, lease_s=flags.lease_s,
+                          engine_stall_s=flags.engine_stall_s), flags.log_level
 
 
 async def _run(settings: WorkerSettings) -> int:

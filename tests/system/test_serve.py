@@ -66,7 +66,7 @@ def test_whatever_ends_the_farm_no_process_and_no_port_stays(tmp_path: Path, tin
 
 
 @pytest.mark.parametrize(("flags", "environment", "said"), [
-    (["--model_dir", "m", "--tp", "8"], {}, "--tp 8"), (["--model_dir", "m", "--enable-fa3"], {}, "--enable_fa3"),
+    (["--model_dir", "m", "--tp", "8"], {}, "--tp 8"), (["--model_dir", "m", "--enable-mps"], {}, "--enable_mps"),
     (["--model_dir", "m"], {"MOE_MODE": "EP"}, "MOE_MODE=EP"), (["--model_dir", "m", "--run_mode", "config_server"], {}, "config_server"),
     (["--model_dir", MODEL, "--host", "0.0.0.0"], {}, "--insecure"), (["--model_dir", "m", "--run_mode", "prefill"], {}, "--pd_master_ip"),
     (["--model_dir", "m"], {"LOADWORKER": "many"}, "LOADWORKER"), ([], {}, "--model_dir"),
@@ -79,6 +79,13 @@ def test_a_flag_that_cannot_be_honoured_is_refused_by_name_before_anything_start
     ran = subprocess.run([sys.executable, "-m", "tokenmill", "serve", *flags], cwd=ROOT, capture_output=True, text=True, timeout=60,
                          env={**os.environ, **environment})
     assert ran.returncode == 2 and said in ran.stderr
+
+
+def test_a_flag_that_the_machine_cannot_honour_ends_the_start_with_what_is_missing(tmp_path: Path, tiny_v3: Path) -> None:
+    process, log = serve(tmp_path, "--model_dir", str(tiny_v3), "--port", "0", "--state_dir", str(tmp_path / "s"), "--device", "cpu",
+                         "--enable_fa3")
+    assert process.wait(60) == 1
+    assert "--enable_fa3: Flash Attention 3 needs a Hopper GPU, and the device is the CPU" in log.read_text()
 
 
 def test_a_port_that_is_taken_is_said_at_once(tmp_path: Path, tiny_v3: Path) -> None:

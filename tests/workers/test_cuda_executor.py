@@ -13,7 +13,7 @@ import pytest
 PROGRAM = Path(__file__).with_name("cuda_executor_program.py")
 
 
-@pytest.mark.parametrize("like", ["v2", "v3", "llama"])
+@pytest.mark.parametrize("like", ["deepseek-v2-lite", "deepseek-v3", "llama"])
 def test_it_computes_what_the_plain_model_computes(like: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, str(PROGRAM), like], env=environment, cwd=PROGRAM.parents[2], capture_output=True, text=True,

@@ -1,10 +1,13 @@
 """The engine as a process: a real small model, real commands over a real socketpair, compared with transformers."""
 
+import asyncio
 import json
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -17,6 +20,7 @@ from transformers import LlamaForCausalLM
 from coordinator.messages import pack_ids
 from coordinator.sampling import SamplingParams
 from workers.channel import BlockingChannel
+from workers.engine_link import EngineLink
 from workers.engine_messages import (
     Activate,
     AddSequence,
@@ -37,6 +41,7 @@ from workers.engine_messages import (
     encode,
 )
 from workers.random_model import write_random_model
+from workers.settings import EngineSettings
 
 VOCAB_SIZE, PAGE_SIZE, NUM_PAGES, CHUNK_SIZE = 512, 8, 128, 24
 job_numbers = count()
@@ -146,7 +151,20 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engines(model_dir: Path) -> Iterator[dict[str, EngineProcess]]:
-    started = {role: EngineProcess(model_dir, role) for role in ("both", "prefill", "decode")}
+    with running(model_dir, depth=1) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def overlapped_engines(model_dir: Path) -> Iterator[dict[str, EngineProcess]]:
+    """Engines that prepare a step while the one before runs, as on a GPU."""
+    with running(model_dir, depth=2) as started:
+        yield started
+
+
+@contextmanager
+def running(model_dir: Path, **settings: Any) -> Iterator[dict[str, EngineProcess]]:
+    started = {role: EngineProcess(model_dir, role, **settings) for role in ("both", "prefill", "decode")}
     try:
         for engine in started.values():
             engine.wait_for(Ready)
@@ -282,6 +300,32 @@ def test_prefill_and_decode_in_two_processes_equal_one(engines: dict[str, Engine
         engines[role].wait_until_nothing_is_held()
 
 
+@pytest.mark.parametrize("params", [
+    {}, {"do_sample": True, "seed": 3, "top_p": 0.9, "repetition_penalty": 1.5, "frequency_penalty": 0.7, "input_penalty": True},
+    {"max_new_tokens": 1}, {"stop_sequences": ((300, 301),), "allowed_token_ids": (300, 301), "do_sample": True, "seed": 1},
+], ids=lambda params: " ".join(params) or "greedy")
+def test_engines_that_overlap_steps_give_the_same_answers(engines: dict[str, EngineProcess], overlapped_engines: dict[str, EngineProcess],
+                                                          params: dict[str, Any]) -> None:
+    prompts = [prompt_of(length, seed=2000 + length) for length in (5, 16, 61)]
+    expected = engines["both"].generate(*prompts, **params)
+    together = overlapped_engines["both"].generate(*prompts, **params)
+    apart = [hand_over(overlapped_engines, add(prompt, **params), prompt) for prompt in prompts]
+    for ours in (together, apart):
+        for answer, reference in zip(ours, expected, strict=True):
+            assert_same(answer, reference)
+    for engine in overlapped_engines.values():
+        engine.wait_until_nothing_is_held()
+
+
+def test_cancelled_while_steps_overlap_all_is_freed(overlapped_engines: dict[str, EngineProcess]) -> None:
+    engine = overlapped_engines["both"]
+    jobs = [add(prompt_of(100, seed=400 + i), max_new_tokens=600) for i in range(5)]
+    engine.send(*jobs)
+    engine.wait_for_tokens(jobs[0].job_id, 3)
+    engine.send(*(Cancel(job_id=job.job_id) for job in jobs))
+    engine.wait_until_nothing_is_held()
+
+
 def test_a_second_hand_over_of_a_prefix_is_answered_from_the_own_cache(engines: dict[str, EngineProcess], oracle: LlamaForCausalLM) -> None:
     prompt = prompt_of(40, seed=5)
     for tail in ([11], [12], [11]):
@@ -377,9 +421,36 @@ def test_the_engine_ends_when_the_other_process_does(model_dir: Path, moment: st
     assert engine.process.wait(timeout=60) == 0
 
 
-def test_wrong_settings_end_the_start_with_their_name(model_dir: Path) -> None:
+@pytest.mark.parametrize(("given", "said"), [({"colour": "red"}, "unknown keys ['colour']"),
+                                             ({"device": "cpu", "use_fa3": True}, "--enable_fa3: Flash Attention 3 needs a Hopper GPU")])
+def test_wrong_settings_end_the_start_with_their_name(model_dir: Path, given: dict[str, Any], said: str) -> None:
     ours, theirs = socket.socketpair()
-    with ours, theirs, start(theirs, {"model_dir": str(model_dir), "model_name": "tiny", "role": "both", "colour": "red"},
+    with ours, theirs, start(theirs, {"model_dir": str(model_dir), "model_name": "tiny", "role": "both", **given},
                              stderr=subprocess.PIPE, text=True) as process:
         _, log = process.communicate(timeout=120)
-    assert process.returncode == 2 and "unknown keys ['colour']" in log
+    assert process.returncode == 2 and said in log
+
+
+async def test_an_engine_that_hangs_is_noticed_and_a_busy_one_is_not(model_dir: Path) -> None:
+    settings = EngineSettings(model_dir=str(model_dir), model_name="tiny", role="both", num_threads=1, max_total_token_num=4096)
+    link = await EngineLink.start(settings)
+
+    async def read() -> None:
+        async for event in link.events():
+            if isinstance(event, Ready):
+                is_ready.set()
+
+    is_ready = asyncio.Event()
+    reading = asyncio.create_task(read())
+    try:
+        await asyncio.wait_for(is_ready.wait(), 60)
+        watching = asyncio.create_task(link.silence(1.5))
+        link.send(add(prompt_of(1000, seed=1), max_new_tokens=1000))
+        await asyncio.sleep(2.5)
+        assert not watching.done(), "it answers between steps, and when it has nothing to do"
+        link.process.send_signal(signal.SIGSTOP)
+        await asyncio.wait_for(watching, 10)
+    finally:
+        link.process.kill()
+        await link.stop()
+        await reading

@@ -15,7 +15,9 @@ from workers.engine_messages import (
     Failed,
     Imported,
     ImportSequence,
+    Ping,
     Pinned,
+    Pong,
     PoolAddress,
     Prefilled,
     Progress,
@@ -39,19 +41,20 @@ PARAMS = SamplingParams(do_sample=True, seed=2**64 - 1, stop_sequences=("text", 
     AddSequence(job_id="job:1", token_ids=pack_ids([1, 2**32 - 1]), num_prompt=2, params=PARAMS),
     ImportSequence(job_id="a", token_ids=pack_ids([1, 2]), num_prompt=1, params=PARAMS, num_kv_tokens=1, source=POOL, page_ids=(3, 4),
                    layout=LAYOUT),
-    Activate(job_id="a"), Cancel(job_id="a"), ReleasePin(job_id="a"), Shutdown(),
+    Activate(job_id="a"), Cancel(job_id="a"), ReleasePin(job_id="a"), Ping(), Shutdown(),
 ], ids=lambda command: type(command).__name__)
 def test_commands_survive_the_wire(command: Any) -> None:
     assert decode_command(encode(command)) == command
 
 
 @pytest.mark.parametrize("event", [
-    Ready(layout=LAYOUT, pool=POOL, max_total_tokens=448, max_seq_len=100, max_num_seqs=4, chunk_size=64, vocab_size=9, eos_ids=(1, 2)),
+    Ready(layout=LAYOUT, pool=POOL, device="cuda:1", max_total_tokens=448, max_seq_len=100, max_num_seqs=4, chunk_size=64, vocab_size=9,
+          eos_ids=(1, 2)),
     Progress(loaded_bytes=1, total_bytes=2),
     Tokens(rows=(TokenRow("a", 0, 5, -0.25, None), TokenRow("b", 3, 1, 0.0, "stop")), prefilled=(Prefilled("a", 16),)),
     Pinned(job_id="a", generation=3, num_tokens=5, page_ids=(0, 1)),
     Imported(job_id="a", ok=False, error="gone"), Failed(job_id="a", error="too long", field="max_new_tokens"),
-    Stats(free_pages=1, total_pages=4, cached_pages=2, held_pages=1, pinned=0, running=1, waiting=0, importing=0, free_tokens=32),
+    Pong(), Stats(free_pages=1, total_pages=4, cached_pages=2, held_pages=1, pinned=0, running=1, waiting=0, importing=0, free_tokens=32),
 ], ids=lambda event: type(event).__name__)
 def test_events_survive_the_wire(event: Any) -> None:
     assert decode_event(encode(event)) == event

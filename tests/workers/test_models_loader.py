@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coordinator.errors import ConfigError
+from kernels.block_fp8 import BlockFp8
 from workers import random_model
 from workers.batch import ForwardBatch
-from workers.loader import weights_hash
+from workers.loader import Checkpoint, weights_hash
+from workers.model_config import ModelConfig
 from workers.model_runner import ModelRunner
-from workers.random_model import write_random_model
+from workers.random_model import Overrides, write_random_model
 
 WEIGHTS = "model.safetensors"
 
@@ -85,6 +87,69 @@ def test_an_fp8_checkpoint_equals_its_dequantized_weights(v3_dir: Path, tmp_path
     (quantized_dir / "config.json").write_text(json.dumps(config))
     exact_dir = changed_copy(v3_dir, tmp_path / "exact", lambda tensors: tensors.update(exact))
     torch.testing.assert_close(logits_of(load(quantized_dir)), logits_of(load(exact_dir)), atol=0, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def fp8_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """256 hidden, so that weights have several blocks; the experts' rows are fewer than a block's."""
+    return write_random_model(tmp_path_factory.mktemp("fp8"), "deepseek-v3", Overrides(hidden=256, intermediate=384), seed=2, fp8=True)
+
+
+def checkpoint(model_dir: Path, *, keeps_fp8: bool) -> Checkpoint:
+    return Checkpoint(model_dir, ModelConfig.from_dir(model_dir), torch.float32, torch.device("cpu"), keeps_fp8=keeps_fp8)
+
+
+def names_of_mlp(*kinds: str) -> list[str]:
+    return [f"model.layers.0.mlp.{kind}_proj.weight" for kind in kinds]
+
+
+def test_fp8_weights_are_handed_out_as_stored_where_they_can_be(fp8_dir: Path) -> None:
+    kept, wide = checkpoint(fp8_dir, keeps_fp8=True), checkpoint(fp8_dir, keeps_fp8=False)
+    for names, shape, rows in ((names_of_mlp("gate", "up"), [768, 256], [384, 384]), (names_of_mlp("down"), [256, 384], None)):
+        weight, expected = kept.linear(names, shape, rows=rows), wide.linear(names, shape, rows=rows)
+        assert isinstance(weight, BlockFp8) and isinstance(expected, Tensor)
+        torch.testing.assert_close(weight.dequantized(torch.float32), expected, atol=0, rtol=0)
+
+
+def test_only_the_last_of_stacked_parts_may_end_within_a_block(fp8_dir: Path) -> None:
+    prefix = "model.layers.0.self_attn"
+    latents = [f"{prefix}.q_a_proj.weight", f"{prefix}.kv_a_proj_with_mqa.weight"]      # 24 and 48 rows
+    assert isinstance(checkpoint(fp8_dir, keeps_fp8=True).linear(latents, [72, 256], rows=[24, 48]), Tensor)
+    assert isinstance(checkpoint(fp8_dir, keeps_fp8=True).linear(latents[1:], [48, 256]), BlockFp8)
+    mixed = [*names_of_mlp("gate"), latents[1]]
+    weight = checkpoint(fp8_dir, keeps_fp8=True).linear(mixed, [432, 256], rows=[384, 48])
+    assert isinstance(weight, BlockFp8) and weight.scale.shape == (4, 2)
+
+
+def test_fp8_weights_whose_rows_end_within_a_block_are_dequantized(fp8_dir: Path) -> None:
+    down = ["model.layers.1.mlp.experts.0.down_proj.weight"]                            # 32 columns
+    assert isinstance(checkpoint(fp8_dir, keeps_fp8=True).linear(down, [256, 32]), Tensor)
+    assert isinstance(checkpoint(fp8_dir, keeps_fp8=True).linears([down, down], [2, 256, 32]), Tensor)
+
+
+def test_matrices_of_one_shape_are_stacked_with_their_scales(fp8_dir: Path) -> None:
+    names = [names_of_mlp("gate", "up"), names_of_mlp("up", "gate")]
+    kept = checkpoint(fp8_dir, keeps_fp8=True).linears(names, [2, 768, 256], rows=[384, 384])
+    wide = checkpoint(fp8_dir, keeps_fp8=False).linears(names, [2, 768, 256], rows=[384, 384])
+    assert isinstance(kept, BlockFp8) and isinstance(wide, Tensor) and kept.scale.shape == (2, 6, 2)
+    torch.testing.assert_close(kept.dequantized(torch.float32), wide, atol=0, rtol=0)
+    assert torch.equal(wide[0, :384], wide[1, 384:]) and not torch.equal(wide[0, :384], wide[0, 384:])
+
+
+def test_weights_that_are_not_fp8_stay_what_they_are(v3_dir: Path, fp8_dir: Path) -> None:
+    assert isinstance(checkpoint(v3_dir, keeps_fp8=True).linear(names_of_mlp("down"), [64, 96]), Tensor)
+    assert isinstance(checkpoint(fp8_dir, keeps_fp8=True).linear(["lm_head.weight"], [512, 256]), Tensor)
+    with pytest.raises(ConfigError, match=r"gate_proj\.weight has shape"):
+        checkpoint(fp8_dir, keeps_fp8=True).linear(names_of_mlp("gate"), [256, 256])
+    with pytest.raises(ConfigError, match="is missing"):
+        checkpoint(fp8_dir, keeps_fp8=True).linear(["model.layers.0.nothing.weight"], [256, 256])
+
+
+def test_a_cpu_runs_an_fp8_checkpoint_on_its_dequantized_weights(fp8_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "workers.loader"):
+        runner = load(fp8_dir)
+    assert logits_of(runner).isfinite().all()
+    assert [record for record in caplog.messages if record.startswith("read 0.0") and record.endswith("GB/s)")]
 
 
 @pytest.mark.parametrize(

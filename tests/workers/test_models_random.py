@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from coordinator.errors import ConfigError
+from kernels.block_fp8 import BlockFp8
 from workers.model_config import ModelConfig
 from workers.random_model import KINDS, Overrides, tensor_shapes, write_random_model
 
@@ -42,6 +43,21 @@ def test_sizes_can_be_changed_and_dtype_is_kept(tmp_path: Path) -> None:
     assert config.moe is not None
     assert (config.num_layers, config.hidden_size, config.num_heads, config.moe.num_experts, config.vocab_size) == (4, 96, 6, 16, 300)
     assert load_file(path / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_fp8_checkpoints_are_those_of_deepseek(tmp_path: Path) -> None:
+    path = write_random_model(tmp_path, "deepseek-v3", Overrides(hidden=256), dtype="bfloat16", fp8=True)
+    tensors = load_file(path / "model.safetensors")
+    assert ModelConfig.from_dir(path).fp8_block == (128, 128)
+    quantized = {name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert quantized == {name for name in tensors if "_proj" in name and name.endswith(".weight")}
+    assert {f"{name}_scale_inv" for name in quantized} == {name for name in tensors if name.endswith("_scale_inv")}
+    assert tensors["model.layers.1.mlp.gate.weight"].dtype == tensors["lm_head.weight"].dtype == torch.bfloat16
+    assert tensors["model.layers.0.mlp.down_proj.weight_scale_inv"].shape == (2, 1)
+    plain = load_file(write_random_model(tmp_path / "plain", "deepseek-v3", Overrides(hidden=256)) / "model.safetensors")
+    weight = BlockFp8(*(tensors[f"model.layers.0.mlp.down_proj.weight{kind}"] for kind in ("", "_scale_inv")))
+    expected = plain["model.layers.0.mlp.down_proj.weight"]
+    assert (weight.dequantized(torch.float32) - expected).norm() < 0.04 * expected.norm()
 
 
 @pytest.mark.parametrize(

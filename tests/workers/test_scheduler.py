@@ -39,6 +39,7 @@ def run_step(scheduler: Scheduler, token: int = 7) -> tuple[Step, list[Any]]:
     """One step in which every sequence that draws gets `token`. Returns the step and its events."""
     step = scheduler.schedule()
     check_batch(scheduler, step)
+    scheduler.advance(step)
     events = scheduler.complete(step, [token] * len(step.sampled), [-1.0] * len(step.sampled)) if step.chunks else []
     scheduler.check_integrity()
     return step, [*step.imported, *events]
@@ -245,6 +246,7 @@ def test_a_row_without_a_number_fails_its_own_sequence_only() -> None:
     scheduler.add(make_sequence("a", [1]))
     scheduler.add(make_sequence("b", [2]))
     step = scheduler.schedule()
+    scheduler.advance(step)
     events = scheduler.complete(step, [0, 7], [float("nan"), -1.0])
     assert [event.job_id for event in events if isinstance(event, Failed)] == ["a"]
     assert rows(events) == [("b", 0, 7, None)]
@@ -382,13 +384,15 @@ ACTIONS = st.sampled_from(["add", "add", "import", "step", "step", "step", "copi
                            "cancel"])
 
 
-@settings(max_examples=200, deadline=None)
-@given(role=st.sampled_from(["prefill", "decode", "both"]), num_pages=st.integers(8, 24), chunk_size=st.integers(1, 6),
-       max_num_seqs=st.integers(1, 5), lies=st.booleans(), history=st.lists(st.tuples(ACTIONS, st.integers(0, 30)), max_size=120))
+@settings(max_examples=300, deadline=None)
+@given(depth=st.integers(1, 2), role=st.sampled_from(["prefill", "decode", "both"]), num_pages=st.integers(8, 24),
+       chunk_size=st.integers(1, 6), max_num_seqs=st.integers(1, 5), lies=st.booleans(),
+       history=st.lists(st.tuples(ACTIONS, st.integers(0, 30)), max_size=120))
 def test_any_history_keeps_all_pages_accounted_for_and_ends_with_none_held(
-        role: str, num_pages: int, chunk_size: int, max_num_seqs: int, lies: bool, history: list[tuple[str, int]]) -> None:
+        depth: int, role: str, num_pages: int, chunk_size: int, max_num_seqs: int, lies: bool, history: list[tuple[str, int]]) -> None:
     scheduler = make_scheduler(role=role, num_pages=num_pages, chunk_size=chunk_size, max_num_seqs=max_num_seqs,
-                               max_batch_tokens=max_num_seqs + chunk_size)
+                               max_batch_tokens=max_num_seqs + chunk_size, depth=depth)
+    flying: list[Step] = []
     copies: list[PageCopy] = []
     jobs: list[str] = []
     preempted = 0
@@ -396,10 +400,19 @@ def test_any_history_keeps_all_pages_accounted_for_and_ends_with_none_held(
     def step(token: int) -> bool:
         nonlocal preempted
         before = {s for s in scheduler._active if s.state is State.RUNNING}
-        done, _ = run_step(scheduler, token)
+        step = scheduler.schedule()
         preempted += sum(s.state is State.WAITING for s in before)
-        copies.extend(done.copies)
-        return bool(done.chunks)
+        copies.extend(step.copies)
+        check_batch(scheduler, step)
+        if step.chunks:
+            scheduler.advance(step)
+            flying.append(step)
+            scheduler.check_integrity()
+        is_busy = bool(flying)
+        while flying and (len(flying) >= depth or not step.chunks):
+            oldest = flying.pop(0)
+            scheduler.complete(oldest, [token] * len(oldest.sampled), [-1.0] * len(oldest.sampled))
+        return is_busy
 
     for number, (action, value) in enumerate(history):
         job_id = jobs[value % len(jobs)] if jobs else "none"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import MlaWeights
+from kernels.block_fp8 import BlockFp8
 from kernels.ops import Ops
 from workers.loader import Checkpoint
 from workers.model.rope import pair_neighbours, softmax_scale
@@ -25,6 +26,7 @@ class MlaAttention:
         assert mla is not None
         self._ops = ops
         self._mla = mla
+        self._dtype = weights.dtype
         self._head_dim = config.head_dim
         self._scale = softmax_scale(config.rope, config.head_dim)
         self._latent_norm = weights.tensor(f"{prefix}.kv_a_layernorm.weight", mla.kv_lora_rank)
@@ -33,7 +35,7 @@ class MlaAttention:
         kv_b = weights.tensor(f"{prefix}.kv_b_proj.weight", config.num_heads * per_head, mla.kv_lora_rank)
         self._kv_b = MlaWeights.split(kv_b.view(config.num_heads, per_head, mla.kv_lora_rank), mla.nope_dim)
         o_bias = weights.tensor(f"{prefix}.o_proj.bias", config.hidden_size) if config.has_o_bias else None
-        o = weights.tensor(f"{prefix}.o_proj.weight", config.hidden_size, config.num_heads * mla.v_dim)
+        o = weights.linear([f"{prefix}.o_proj.weight"], [config.hidden_size, config.num_heads * mla.v_dim])
         self._o = ops.make_linear(o, o_bias)
 
     def __call__(self, x: Tensor, step: Step, cache: Tensor) -> Tensor:
@@ -53,21 +55,27 @@ class MlaAttention:
         self._q_width = mla.q_lora_rank or q_rows
         rows = (self._q_width, kv_rows)
         names = [f"{prefix}.{'q_a_proj' if is_low_rank else 'q_proj'}", f"{prefix}.kv_a_proj_with_mqa"]
-        down = weights.stacked([f"{name}.weight" for name in names], [sum(rows), config.hidden_size], rows=rows)
-        bias = None
+        down = weights.linear([f"{name}.weight" for name in names], [sum(rows), config.hidden_size], rows=rows)
+        bias: Tensor | None = None
         if config.has_qkv_bias:  # of the two latents' projections; a full-rank q_proj has none
-            bias = torch.zeros(sum(rows), dtype=down.dtype, device=down.device)
+            bias = torch.zeros(sum(rows), dtype=weights.dtype, device=weights.device)
             for name, part in list(zip(names, bias.split_with_sizes(rows), strict=True))[0 if is_low_rank else 1 :]:
                 weights.fill(part, f"{name}.bias")
             bias[self._q_width :] = self._reordered(bias[self._q_width :], 1, config)
-        down[self._q_width :] = self._reordered(down[self._q_width :], 1, config)
         if is_low_rank:
-            q_b = weights.tensor(f"{prefix}.q_b_proj.weight", q_rows, self._q_width)
-            self._q_b = self._ops.make_linear(self._reordered(q_b, config.num_heads, config), None)
+            q_b = weights.linear([f"{prefix}.q_b_proj.weight"], [q_rows, self._q_width])
+            self._q_b = self._ops.make_linear(self._reordered_linear(q_b, config, (q_rows, config.num_heads)), None)
             self._q_norm = weights.tensor(f"{prefix}.q_a_layernorm.weight", self._q_width)
-        else:
-            down[: self._q_width] = self._reordered(down[: self._q_width], config.num_heads, config)
-        self._down = self._ops.make_linear(down, bias)
+        queries = (self._q_width, 0 if is_low_rank else config.num_heads)
+        self._down = self._ops.make_linear(self._reordered_linear(down, config, queries, (kv_rows, 1)), bias)
+
+    def _reordered_linear(self, weight: Tensor | BlockFp8, config: ModelConfig, *parts: tuple[int, int]) -> Tensor | BlockFp8:
+        """`parts` are (rows, heads among them, 0 where nothing is rotated) from the top."""
+        if config.rope.interleaved:
+            return weight
+        plain = weight.dequantized(self._dtype) if isinstance(weight, BlockFp8) else weight
+        pieces = zip(plain.split_with_sizes([rows for rows, _ in parts]), parts, strict=True)
+        return torch.cat([self._reordered(piece, heads, config) if heads else piece for piece, (_, heads) in pieces])
 
     def _reordered(self, weight: Tensor, num_heads: int, config: ModelConfig) -> Tensor:
         return pair_neighbours(torch.unflatten(weight, 0, (num_heads, -1)), config.rope).flatten(0, 1)

@@ -16,11 +16,11 @@ class GatedMlp:
             return [f"{prefix}.gate_proj.{kind}", f"{prefix}.up_proj.{kind}"]
 
         split = (intermediate_size, intermediate_size)
-        gate_up = weights.stacked(names("weight"), [2 * intermediate_size, hidden_size], rows=split)
+        gate_up = weights.linear(names("weight"), [2 * intermediate_size, hidden_size], rows=split)
         gate_up_bias = weights.stacked(names("bias"), [2 * intermediate_size], rows=split) if has_bias else None
         down_bias = weights.tensor(f"{prefix}.down_proj.bias", hidden_size) if has_bias else None
         self._gate_up = ops.make_linear(gate_up, gate_up_bias)
-        self._down = ops.make_linear(weights.tensor(f"{prefix}.down_proj.weight", hidden_size, intermediate_size), down_bias)
+        self._down = ops.make_linear(weights.linear([f"{prefix}.down_proj.weight"], [hidden_size, intermediate_size]), down_bias)
         self._silu_mul = ops.silu_mul
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:

@@ -7,6 +7,7 @@ ones along, it is computed as further experts of the same products.
 import torch
 from torch import Tensor
 
+from kernels.block_fp8 import BlockFp8
 from kernels.ops import Ops, Routing
 from workers.loader import Checkpoint
 from workers.model.mlp import GatedMlp
@@ -19,7 +20,7 @@ class Moe:
         self._route = ops.route
         self._router = ops.make_router(weights.tensor(f"{prefix}.gate.weight", moe.num_experts, hidden_size, dtype=torch.float32))
         num_shared, rest = divmod(moe.shared_intermediate_size, moe.intermediate_size)
-        is_fused = ops.has_shared_experts and not rest
+        is_fused = ops.has_shared_experts and not rest and (num_shared == 1 or not weights.keeps_fp8)
         self._routing = Routing(
             top_k=moe.num_experts_per_token, num_groups=moe.num_groups, groups_per_token=moe.num_groups_per_token,
             scaling_factor=moe.scaling_factor, normalize=moe.normalize_weights, bias=_bias(weights, prefix, moe),
@@ -44,20 +45,29 @@ def _bias(weights: Checkpoint, prefix: str, moe: MoeConfig) -> Tensor | None:
     return weights.tensor(f"{prefix}.gate.e_score_correction_bias", moe.num_experts, dtype=torch.float32)
 
 
-def _stacked_experts(weights: Checkpoint, prefix: str, hidden_size: int, moe: MoeConfig, num_shared: int) -> tuple[Tensor, Tensor]:
+def _stacked_experts(weights: Checkpoint, prefix: str, hidden_size: int, moe: MoeConfig,
+                     num_shared: int) -> tuple[Tensor | BlockFp8, Tensor | BlockFp8]:
     """gate_up [E + shared, 2I, D] and down [E + shared, D, I]"""
-    inner, num_experts = moe.intermediate_size, moe.num_experts
-    gate_up = torch.empty(num_experts + num_shared, 2 * inner, hidden_size, dtype=weights.dtype, device=weights.device)
-    down = torch.empty(num_experts + num_shared, hidden_size, inner, dtype=weights.dtype, device=weights.device)
-    for expert in range(num_experts):
-        name = f"{prefix}.experts.{expert}"
-        weights.fill(gate_up[expert, :inner], f"{name}.gate_proj.weight")
-        weights.fill(gate_up[expert, inner:], f"{name}.up_proj.weight")
-        weights.fill(down[expert], f"{name}.down_proj.weight")
-    if num_shared:
-        name, width = f"{prefix}.shared_experts", num_shared * inner
-        gate_up[num_experts:, :inner] = weights.tensor(f"{name}.gate_proj.weight", width, hidden_size).view(num_shared, inner, hidden_size)
-        gate_up[num_experts:, inner:] = weights.tensor(f"{name}.up_proj.weight", width, hidden_size).view(num_shared, inner, hidden_size)
-        by_column = weights.tensor(f"{name}.down_proj.weight", hidden_size, width).view(hidden_size, num_shared, inner)
-        down[num_experts:] = by_column.transpose(0, 1)
+    inner = moe.intermediate_size
+    names = [f"{prefix}.experts.{expert}" for expert in range(moe.num_experts)]
+    if num_shared == 1:
+        names.append(f"{prefix}.shared_experts")
+    gate_up = weights.linears([[f"{name}.gate_proj.weight", f"{name}.up_proj.weight"] for name in names],
+                              [len(names), 2 * inner, hidden_size], rows=(inner, inner))
+    down = weights.linears([[f"{name}.down_proj.weight"] for name in names], [len(names), hidden_size, inner])
+    if num_shared > 1:
+        shared = _cut_shared(weights, f"{prefix}.shared_experts", hidden_size, inner, num_shared)
+        gate_up, down = (torch.cat((_plain(weight, part.dtype), part)) for weight, part in zip((gate_up, down), shared, strict=True))
     return gate_up, down
+
+
+def _cut_shared(weights: Checkpoint, name: str, hidden_size: int, inner: int, count: int) -> tuple[Tensor, Tensor]:
+    """A shared expert of width count * inner as `count` experts whose outputs add up to its: [count, 2I, D] and [count, D, I]"""
+    width = count * inner
+    gate, up = (weights.tensor(f"{name}.{part}_proj.weight", width, hidden_size).view(count, inner, hidden_size) for part in ("gate", "up"))
+    down = weights.tensor(f"{name}.down_proj.weight", hidden_size, width).view(hidden_size, count, inner)
+    return torch.cat((gate, up), 1), down.transpose(0, 1)
+
+
+def _plain(weight: Tensor | BlockFp8, dtype: torch.dtype) -> Tensor:
+    return weight.dequantized(dtype) if isinstance(weight, BlockFp8) else weight
