@@ -11,11 +11,11 @@ EMPTIES = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_
 POISONED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class FillEmpty(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class FillEmpty(TorchDispatchMode):
     """Inside of it `torch.empty` and its relatives give floats full of `value`, and zeros of every other type."""
 
     def __init__(self, value: float) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._value = value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -80,7 +80,8 @@ class Bench:
 
     def loop(self, *, max_num_seqs: int, max_batch_tokens: int, watch: "GpuWatch | None" = None) -> EngineLoop:
         settings = SchedulerSettings(num_pages=self.num_pages, page_size=self.page_size, chunk_size=self.chunk_size,
-                                     max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs, prefix_cache=False)
+                                     max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs, prefix_cache=False,
+                                     depth=self.executor.depth)
         return EngineLoop(self.executor, settings, watch.mark if watch else lambda: None)
 
 
@@ -94,7 +95,7 @@ class GpuWatch:
 
     def mark(self) -> None:
         if self._is_on:
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event(enable_timing=True)
             event.record(self._stream or torch.cuda.current_stream())
             self._marks.append(event)
 

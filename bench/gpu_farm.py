@@ -3,7 +3,7 @@
     normal   one worker that prefills and decodes
     pd       a pd_master, a prefill worker and a decode worker on the same GPU: keys and values are handed over
 
-100 clients in a closed loop, 1,024 tokens in and about 128 out, streaming. Without --model_dir a random checkpoint of DeepSeek-V2-Lite's
+100 clients in a closed loop, 1,024 tokens in and 128 out, streaming. Without --model_dir a random checkpoint of DeepSeek-V2-Lite's
 shape is drawn on the GPU first. With hand-over, what a second token costs beside a short and a long prompt gives its speed.
 """
 
@@ -15,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -113,15 +114,20 @@ def _load(target: Target, items: Sequence[WorkItem], num_clients: int) -> Run:
     return asyncio.run(run_closed_loop(target, API, items, num_clients=num_clients, timeout_s=120.0, on_outcome=tell))
 
 
+def _workload(num: int, vocab_size: int, seed: int, arguments: argparse.Namespace) -> list[WorkItem]:
+    """All answers of one length, as the peers were measured; `make_workload`'s own lengths would show in the time per token."""
+    items = make_workload(num, arguments.input_len, arguments.output_len, vocab_size, seed=seed)
+    return [replace(item, output_len=arguments.output_len) for item in items]
+
+
 def measure(mode: str, model_dir: Path, state_dir: Path, arguments: argparse.Namespace) -> list[Row]:
     vocab_size, config = vocab_size_of(model_dir), ModelConfig.from_dir(model_dir)
     started = time.monotonic()
     with running_modes(mode, model_dir, state_dir, arguments) as url:
         print(f"{mode}: ready at {url} after {time.monotonic() - started:.1f} s", flush=True)
         target = Target.parse(url + API.path)
-        sizes = arguments.input_len, arguments.output_len, vocab_size
-        _load(target, make_workload(arguments.num_clients, *sizes, seed=arguments.seed + 1), arguments.num_clients)
-        run = _load(target, make_workload(arguments.requests, *sizes, seed=arguments.seed), arguments.num_clients)
+        _load(target, _workload(arguments.num_clients, vocab_size, arguments.seed + 1, arguments), arguments.num_clients)
+        run = _load(target, _workload(arguments.requests, vocab_size, arguments.seed, arguments), arguments.num_clients)
         rows = load_rows(mode, run, arguments)
         print("\n".join(f"  {row.name}: {row.cells()[1]} (bar {row.cells()[2]}) {row.note}" for row in rows), flush=True)
         if mode == "pd":

@@ -32,7 +32,7 @@ def time_call(call: Call, num_sets: int = 1, *, budget_s: float = 0.15, flush: b
 
     flush   write more than the L2 cache holds before every call (for a single small input set); its own time is taken off
     """
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for index in range(num_sets):  # compiles, and fills the allocator
@@ -104,7 +104,7 @@ def _captured(call: Call, num_sets: int, num_calls: int) -> torch.cuda.CUDAGraph
 
 def _times_ms(action: Callable[[], object], count: int) -> list[float]:
     """The actions are queued without waiting in between: after the first, the host is ahead of the GPU."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]  # type: ignore[no-untyped-call]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     marks[0].record()
     for mark in marks[1:]:
         action()

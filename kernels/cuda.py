@@ -9,7 +9,7 @@ from kernels.block_fp8 import BlockFp8
 from kernels.device_plan import DevicePlan
 from kernels.experts import make_experts as make_half_experts
 from kernels.fp8_experts import make_fp8_experts
-from kernels.fp8_linear import fp8_linear
+from kernels.fp8_linear import Fp8Linear
 from kernels.gather_latents import gather_latents
 from kernels.gqa_decode import gqa_decode
 from kernels.gqa_prefill import gqa_prefill
@@ -27,7 +27,7 @@ from kernels.silu_mul import silu_mul
 
 def make_linear(weight: Tensor | BlockFp8, bias: Tensor | None) -> Linear:
     if isinstance(weight, BlockFp8):
-        return lambda x: fp8_linear(x, weight, bias)
+        return Fp8Linear(weight, bias)
     return plain_linear(weight, bias)
 
 

@@ -52,18 +52,16 @@ def _draw_kernel(logits, stride, blocks, maxima, words, counts, groups, sums, id
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * stride
     top, token, log_sum = row_figures(blocks, row, NUM_BLOCKS, PADDED_BLOCKS)
-    if words is not None:
-        if number(words, row, IS_SAMPLED) != 0:
-            token = _drawn(line, blocks, maxima, words, groups, sums, row, top, VOCAB, BLOCK, NUM_BLOCKS, PADDED_BLOCKS, PADDED_GROUPS)
+    if words is not None and number(words, row, IS_SAMPLED) != 0:
+        token = _drawn(line, blocks, maxima, words, groups, sums, row, top, VOCAB, BLOCK, NUM_BLOCKS, PADDED_BLOCKS, PADDED_GROUPS)
     token = tl.maximum(tl.minimum(token, VOCAB - 1), 0)
     tl.store(ids + row, token.to(tl.int64))
     tl.store(logprobs + row, tl.load(line + token).to(tl.float32) - top - log_sum)
-    if words is not None:
-        if counts is not None:
-            count_row = number(words, row, COUNT_ROW)
-            if count_row >= 0:
-                at = counts + count_row * VOCAB + token
-                tl.store(at, tl.minimum(tl.load(at).to(tl.int32) + 1, MOST_COUNTED).to(tl.int16))
+    if words is not None and counts is not None:
+        count_row = number(words, row, COUNT_ROW)
+        if count_row >= 0:
+            at = counts + count_row * VOCAB + token
+            tl.store(at, tl.minimum(tl.load(at).to(tl.int32) + 1, MOST_COUNTED).to(tl.int16))
 
 
 @triton.jit

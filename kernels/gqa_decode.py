@@ -27,23 +27,24 @@ class Config:
     block_n: int      # at most the page and the schedule's unit, to which it is lowered
     num_warps: int
     num_stages: int
+    programs_per_multiprocessor: int
 
 
 CONFIGS = (  # (largest head dimension, config)
-    (64, Config(block_n=64, num_warps=4, num_stages=4)),
-    (128, Config(block_n=64, num_warps=4, num_stages=3)),
-    (MAX_HEAD_DIM, Config(block_n=64, num_warps=4, num_stages=2)),
+    (64, Config(block_n=64, num_warps=4, num_stages=4, programs_per_multiprocessor=3)),
+    (128, Config(block_n=64, num_warps=4, num_stages=3, programs_per_multiprocessor=2)),
+    (MAX_HEAD_DIM, Config(block_n=64, num_warps=4, num_stages=2, programs_per_multiprocessor=1)),
 )
-PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 def config_for(head_dim: int) -> Config:
     return next(config for largest, config in CONFIGS if head_dim <= largest)
 
 
-def num_splits(num_kv_heads: int, device: torch.device) -> int:
+def num_splits(num_kv_heads: int, head_dim: int, device: torch.device, config: Config | None = None) -> int:
     """Programs to schedule: with the programs over key/value heads they fill the device once."""
-    return max(1, num_programs(device, PROGRAMS_PER_MULTIPROCESSOR) // num_kv_heads)
+    config = config or config_for(head_dim)
+    return max(1, num_programs(device, config.programs_per_multiprocessor) // num_kv_heads)
 
 
 def gqa_decode(q: Tensor, cache: Tensor, page_table: Tensor, seq_lens: Tensor, schedule: SplitSchedule, scale: float, page_size: int,

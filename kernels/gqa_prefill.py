@@ -126,9 +126,10 @@ def _gqa_prefill_kernel(q, cache, out, page_table, cu_q, seq_lens, tiles, num_se
     total = tl.zeros([BLOCK_M], tl.float32)
     correction = tl.full([BLOCK_M], 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
-    held = hold(tl.zeros([BLOCK_M, BLOCK_N], cache.dtype.element_ty), PACK)
+    held = hold(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), cache.dtype.element_ty, PACK)
     slot = tl.load(pages) * PAGE_SIZE
     slot_before = slot
+    zero = tl.program_id(2)  # an operation: the compiler's pipeliner mistakes one carried value that is another one of the turn before
     bound = num_blocks * BLOCK_N
     tl.assume(bound > 0)
     for start in tl.range(0, loop_bound(bound), BLOCK_N):
@@ -136,13 +137,13 @@ def _gqa_prefill_kernel(q, cache, out, page_table, cu_q, seq_lens, tiles, num_se
         # The block before, whose keys are all the sequence's own. In the first turn there is none: zeros times any values.
         values = tiles.load([num_slots + slot_before, kv_column]).to(DOT)
         acc = tl.dot(release(held, cache.dtype.element_ty, PACK).to(DOT), values, acc * correction[:, None])
-        slot_before = slot
+        slot_before = slot + zero
         following = tl.minimum(start + BLOCK_N, num_keys - 1)  # its page is looked up a turn ahead
         slot = tl.load(pages + following // PAGE_SIZE) * PAGE_SIZE + (start + BLOCK_N) % PAGE_SIZE
         if start + BLOCK_N > first_limit + 1:
             scores = tl.where(key[None, :] <= (first_limit - start + row)[:, None], scores, float("-inf"))
         weights, best, total, correction = softmax_step(scores, best, total, scale)
-        held = hold(weights.to(cache.dtype.element_ty), PACK)
+        held = hold(weights, cache.dtype.element_ty, PACK)
 
     # Past the sequence's end stands whatever: a NaN there must not meet even a weight of zero, neither now nor in the first turn.
     start = (num_blocks - 1) * BLOCK_N

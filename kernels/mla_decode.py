@@ -30,11 +30,12 @@ class Config:
     use_tma: bool          # whole tiles come by the bulk copy engine, what remains of a sequence by ordinary loads
     num_warps: int
     num_stages: int        # one less is how many tiles are on their way
+    programs_per_multiprocessor: int = 1
 
 
 CONFIGS = (  # (most heads, config)
-    (16, Config(block_h=16, block_n=64, tokens_as_rows=True, use_tma=True, num_warps=4, num_stages=3)),
-    (32, Config(block_h=32, block_n=64, tokens_as_rows=True, use_tma=True, num_warps=8, num_stages=3)),
+    (16, Config(block_h=16, block_n=64, tokens_as_rows=True, use_tma=True, num_warps=4, num_stages=2)),
+    (32, Config(block_h=32, block_n=64, tokens_as_rows=True, use_tma=True, num_warps=4, num_stages=2)),
     (128, Config(block_h=64, block_n=64, tokens_as_rows=False, use_tma=True, num_warps=8, num_stages=3)),
 )
 
@@ -43,9 +44,11 @@ def config_for(num_heads: int) -> Config:
     return next((config for most, config in CONFIGS if num_heads <= most), CONFIGS[-1][1])
 
 
-def num_splits(num_heads: int, device: torch.device) -> int:
-    """Programs to schedule: with the programs over heads they fill the device once (two tiles take most of the shared memory)."""
-    return max(1, num_programs(device) // triton.cdiv(num_heads, config_for(num_heads).block_h))
+def num_splits(num_heads: int, device: torch.device, config: Config | None = None) -> int:
+    """Programs to schedule: with the programs over heads they fill the device once."""
+    config = config or config_for(num_heads)
+    head_blocks = -(-num_heads // config.block_h)
+    return max(1, num_programs(device, config.programs_per_multiprocessor) // head_blocks)
 
 
 def mla_decode(q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tensor, seq_lens: Tensor, schedule: SplitSchedule,

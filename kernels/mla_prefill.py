@@ -28,8 +28,8 @@ class Config:
 
 
 CONFIGS = {  # by the most new tokens of one sequence
-    64: Config(block_m=64, block_n=64, heads_per_group=4, num_warps=4, num_stages=2),
-    1 << 31: Config(block_m=128, block_n=128, heads_per_group=4, num_warps=8, num_stages=2),
+    2048: Config(block_m=64, block_n=64, heads_per_group=16, num_warps=4, num_stages=2),
+    1 << 31: Config(block_m=128, block_n=128, heads_per_group=8, num_warps=8, num_stages=2),
 }
 
 
@@ -128,7 +128,7 @@ def _mla_prefill_kernel(q, kv, out, cu_q, cu_k, nope_tiles, rope_tiles, v_tiles,
     total = tl.zeros([BLOCK_M], tl.float32)
     correction = tl.full([BLOCK_M], 1.0, tl.float32)
     acc = tl.zeros([BLOCK_M, V], tl.float32)
-    held = hold(tl.zeros([BLOCK_M, BLOCK_N], kv.dtype.element_ty), PACK)
+    held = hold(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), kv.dtype.element_ty, PACK)
     bound = num_blocks * BLOCK_N
     tl.assume(bound > 0)
     for start in tl.range(0, loop_bound(bound), BLOCK_N):
@@ -141,7 +141,7 @@ def _mla_prefill_kernel(q, kv, out, cu_q, cu_k, nope_tiles, rope_tiles, v_tiles,
         if start + BLOCK_N > first_limit + 1:
             scores = tl.where(key[None, :] <= (first_limit - start + row)[:, None], scores, float("-inf"))
         weights, best, total, correction = softmax_step(scores, best, total, scale)
-        held = hold(weights.to(kv.dtype.element_ty), PACK)
+        held = hold(weights, kv.dtype.element_ty, PACK)
 
     # Past the sequence's end stands whatever: a NaN there must not meet even a weight of zero, neither now nor in the first turn.
     start = (num_blocks - 1) * BLOCK_N

@@ -31,6 +31,7 @@ from kernels.row_params import (
 )
 
 ALLOWED = tl.constexpr(MOST_ALLOWED)
+COUNT_BLOCK = 1024
 MAX_DECAY_EXPONENT = tl.constexpr(60.0)  # e**60 puts any logit above all others and is still a finite float32
 
 
@@ -67,17 +68,15 @@ def penalize(logits: Tensor, num_rows: int, params: Tensor, counts: Tensor | Non
             num_warps=config.num_warps, enable_fp_fusion=False)
 
 
-def count_tokens(counts: Tensor, row: int, ids: Tensor, numbers: Tensor, *, config: Config | None = None) -> None:
+def count_tokens(counts: Tensor, row: int, words: Tensor, start: int, num_ids: int) -> None:
     """Make one row of the table say these counts and no others.
 
     counts   [rows, V] int16
-    ids      [n] int64, distinct
-    numbers  [n] int64, below 2**15
+    words    [>= start + 2 * num_ids] int64: from `start` on num_ids distinct token ids, then as many numbers below 2**15
     """
     vocab_size = counts.shape[1]
-    config = config or config_for(vocab_size)
-    _count_kernel[(triton.cdiv(vocab_size, config.block),)](counts, row, ids, numbers, ids.numel(), VOCAB=vocab_size, BLOCK=config.block,
-                                                            num_warps=config.num_warps)
+    _count_kernel[(triton.cdiv(vocab_size, COUNT_BLOCK),)](counts, row, words, start, num_ids, VOCAB=vocab_size, BLOCK=COUNT_BLOCK,
+                                                           num_warps=4)
 
 
 @triton.jit
@@ -129,16 +128,16 @@ def _lengthen(line, words, row, eos_ids, first, NUM_EOS: tl.constexpr, BLOCK: tl
         tl.store(line + eos, tl.where(is_early, float("-inf"), values), mask=is_here)
 
 
-@triton.jit(do_not_specialize=["row", "num_ids"])
-def _count_kernel(counts, row, ids, numbers, num_ids, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["row", "start", "num_ids"])
+def _count_kernel(counts, row, words, start, num_ids, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     """Every program clears its columns and then looks through all ids for those that lie among them."""
     first = tl.program_id(0) * BLOCK
     lanes = tl.arange(0, BLOCK)
     line = counts + row.to(tl.int64) * VOCAB
     tl.store(line + first + lanes, tl.zeros([BLOCK], tl.int16), mask=first + lanes < VOCAB)
     tl.debug_barrier()
-    for start in range(0, loop_bound(num_ids), BLOCK):
-        is_given = start + lanes < num_ids
-        token = tl.load(ids + start + lanes, mask=is_given, other=-1)
-        many = tl.load(numbers + start + lanes, mask=is_given, other=0)
-        tl.store(line + token, many.to(tl.int16), mask=(token >= first) & (token < first + BLOCK))
+    for done in range(0, loop_bound(num_ids), BLOCK):
+        place = done + lanes
+        token = tl.load(words + start + place, mask=place < num_ids, other=-1)
+        is_here = (token >= first) & (token < first + BLOCK)
+        tl.store(line + token, tl.load(words + start + num_ids + place, mask=is_here, other=0).to(tl.int16), mask=is_here)

@@ -61,13 +61,17 @@ def softmax_step(scores, best, total, scale):
 
 
 @triton.jit
-def hold(weights, PACK: tl.constexpr):
-    """Weights [M, N] of 16 bits -> [M, N / 2] words. The compiler would give each a register of its own."""
+def hold(weights, DTYPE: tl.constexpr, PACK: tl.constexpr):
+    """Weights [M, N] rounded to DTYPE; if that has 16 bits, as words [M, N / 2]. The compiler would give each a register of its own."""
     if not PACK:
-        return weights
-    pairs = tl.reshape(weights.to(tl.uint16, bitcast=True), [weights.shape[0], weights.shape[1] // 2, 2])
-    low, high = tl.split(pairs)
-    return low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+        return weights.to(DTYPE)
+    low, high = tl.split(tl.reshape(weights, [weights.shape[0], weights.shape[1] // 2, 2]))
+    if _INTERPRETED:
+        low, high = low.to(DTYPE).to(tl.uint16, bitcast=True), high.to(DTYPE).to(tl.uint16, bitcast=True)
+        return low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+    if DTYPE.is_bf16():
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.uint32, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.uint32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -79,6 +83,10 @@ def release(held, DTYPE: tl.constexpr, PACK: tl.constexpr):
     """
     if not PACK:
         return held
-    held = held ^ tl.program_id(2).to(tl.uint32)
+    zero = tl.program_id(2).to(tl.uint32)
+    if _INTERPRETED:
+        held = held ^ zero
+    else:  # as one instruction, or the compiler would do it for each half
+        held = tl.inline_asm_elementwise("xor.b32 $0, $1, $2;", "=r,r,r", [held, zero], dtype=tl.uint32, is_pure=True, pack=1)
     pairs = tl.join((held & 0xFFFF).to(tl.uint16), (held >> 16).to(tl.uint16))
     return tl.reshape(pairs, [held.shape[0], held.shape[1] * 2]).to(DTYPE, bitcast=True)

@@ -88,12 +88,11 @@ def _survey_kernel(logits, stride, words, blocks, maxima, VOCAB: tl.constexpr, B
     tl.store(at, largest)
     tl.store(at + num_blocks, first.to(tl.float32))  # exact: no vocabulary has 2**24 tokens
     tl.store(at + 2 * num_blocks, tl.sum(tl.sum(tl.exp2(below * LOG2_E), 1), 0))
-    if words is not None:
+    if words is not None and number(words, row, IS_SAMPLED) != 0:
         NUM_GROUPS: tl.constexpr = (VOCAB + GROUP - 1) // GROUP
-        if number(words, row, IS_SAMPLED) != 0:
-            scale = real(words, row, SCALE).to(tl.float32)
-            tl.store(at + 3 * num_blocks, tl.sum(tl.sum(tl.exp2(below * scale), 1), 0))
-            tl.store(maxima + row * NUM_GROUPS + group, by_group, mask=group < NUM_GROUPS)
+        scale = real(words, row, SCALE).to(tl.float32)
+        tl.store(at + 3 * num_blocks, tl.sum(tl.sum(tl.exp2(below * scale), 1), 0))
+        tl.store(maxima + row * NUM_GROUPS + group, by_group, mask=group < NUM_GROUPS)
 
 
 @triton.jit

@@ -1,15 +1,15 @@
 """What top_k and top_p leave of a distribution, found without sorting: inlined into the kernel that draws.
 
 A token's depth is how many times its probability has to double to reach the row's largest. A filter is a limit on the depth, so
-ties stay together. A limit is found by search: at three depths at once, how many tokens (or how much of their weight) lie
-within, and on with the quarter where the target is passed, until at most one token is left between both ends.
+ties stay together. A limit is found by search: how many tokens (or how much of their weight) lie within each of four depths, and
+on with the fifth where the target is passed, until at most one token is left between both ends.
 
 Few tokens are looked at. Of each group of 64 neighbours the largest logit is known; a limit found among those maxima alone lies
 too deep, never too high, so only groups whose maximum is within it can hold tokens that matter, and they are listed:
 
     maxima  ->  floor  ->  groups listed  ->  limit of top_k  ->  mass of the k largest  ->  limit of top_p
 
-A flat distribution lists all groups and the same steps read the row as often as the search has steps (10 or less).
+A flat distribution lists all groups, and the same steps read the row as often as the search has steps (8 or so, never over 14).
 """
 
 import triton
@@ -92,8 +92,8 @@ def search(logits, groups, num_groups, num_tiles, top, scale, target, is_mass, h
 def _sums(a, b, c, d):
     """Four sums in float64 for the barriers of one."""
     ab, cd = tl.split(tl.sum(_flat(tl.join(tl.join(a, b), tl.join(c, d))).to(tl.float64), 0))
-    sum_a, sum_c = tl.split(ab)
-    sum_b, sum_d = tl.split(cd)
+    sum_a, sum_b = tl.split(ab)
+    sum_c, sum_d = tl.split(cd)
     return sum_a, sum_b, sum_c, sum_d
 
 
@@ -141,7 +141,10 @@ def filtered_limit(logits, maxima, groups, top, scale, total, top_k, top_p, limi
     is_ranked = (top_k > 0) | (top_p < 1.0)
     target = tl.where(top_k > 0, top_k.to(tl.float64), top_p * total)
     if is_ranked:
-        floor = search(maxima, groups, 0, num_maxima_tiles, top, scale, target, top_k <= 0, limit * 0 + DEEPEST, NUM_GROUPS, TILE, False)
+        # Tokens at that depth weigh less all together than what top_p leaves out: the limit cannot lie deeper.
+        bound = tl.log2(VOCAB / tl.maximum((total * (1.0 - top_p)).to(tl.float32), 1e-30)) + 0.01
+        high = fixed(tl.where((top_k <= 0) & (bound < NOTHING), bound, NOTHING))
+        floor = search(maxima, groups, 0, num_maxima_tiles, top, scale, target, top_k <= 0, high, NUM_GROUPS, TILE, False)
     num_groups = list_groups(maxima, floor, top, scale, groups, NUM_GROUPS, PADDED_GROUPS)
     num_tiles = tl.cdiv(num_groups * GROUP, TILE)
     if is_ranked:

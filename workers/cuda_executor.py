@@ -66,17 +66,16 @@ class CudaExecutor:
     Raises ConfigError for a model or sizes that cannot be run.
     """
 
-    depth = 2
-
     def __init__(self, config: ModelConfig, weights: Checkpoint, *, device: torch.device, dtype: torch.dtype, num_pages: int,
                  page_size: int = 64, max_num_seqs: int = 256, max_seq_len: int = 16384, chunk_size: int = 8192,
                  graph_max_batch_size: int = 256, use_cuda_graphs: bool = True, mem_fraction: float = 0.9, load_workers: int = 1,
-                 weights_id: str = "", ops: Ops | None = None) -> None:
+                 weights_id: str = "", depth: int = 2, ops: Ops | None = None) -> None:
         """`ops` None: the device's own. Under Triton's interpreter those for GPUs also run on a CPU, without graphs."""
         self._is_cuda = device.type == "cuda"
         if self._is_cuda:
+            device = torch.device("cuda", device.index or 0)
             torch.cuda.set_device(device)
-        self.config, self.device = config, device
+        self.config, self.device, self.depth = config, device, depth
         self.page_size, self.chunk_size, self.max_num_seqs = page_size, chunk_size, max_num_seqs
         self._routed: list[Tensor] | None = None   # each layer's choice of experts, while they are counted
         self._ops = ops or ops_for(device)
@@ -102,12 +101,11 @@ class CudaExecutor:
     def create(cls, settings: EngineSettings, config: ModelConfig, sizes: EngineSizes, progress: Progress | None) -> "CudaExecutor":
         """From a checkpoint on disk."""
         model_dir, device = Path(settings.model_dir), torch.device(settings.device)
-        device = torch.device("cuda", device.index or 0)
         return cls(config, Checkpoint(model_dir, config, sizes.dtype, device, progress), device=device, dtype=sizes.dtype,
                    num_pages=sizes.num_pages, page_size=sizes.page_size, max_num_seqs=sizes.max_num_seqs, max_seq_len=sizes.max_seq_len,
                    chunk_size=sizes.chunk_size, graph_max_batch_size=settings.graph_max_batch_size,
                    use_cuda_graphs=settings.use_cuda_graphs, mem_fraction=settings.mem_fraction, load_workers=settings.load_workers,
-                   weights_id=weights_hash(model_dir))
+                   weights_id=weights_hash(model_dir), depth=settings.depth or 2)
 
     @torch.inference_mode()
     def launch(self, batch: ForwardBatch, sampled: list[Sequence]) -> CudaFlight:
@@ -383,4 +381,4 @@ def _one_decode(seq_len: int) -> ForwardBatch:
 def _num_splits(config: ModelConfig, device: torch.device) -> int:
     if config.mla is not None:
         return mla_decode.num_splits(config.num_heads, device)
-    return gqa_decode.num_splits(config.num_kv_heads, device)
+    return gqa_decode.num_splits(config.num_kv_heads, config.head_dim, device)

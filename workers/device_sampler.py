@@ -81,21 +81,20 @@ class DeviceSampler:
         self._num_launched += 1
         params, recounts = self._upload(sequences, known)
         for recount in recounts:
-            ids, numbers = params[recount.start :][: 2 * recount.num_ids].view(2, -1)
-            count_tokens(self._table(), recount.row, ids, numbers)
+            count_tokens(self._table(), recount.row, params, recount.start, recount.num_ids)
         if any(each.is_adjusted for each in known):
             logits = logits[:num_rows].float()  # as it is if it is float32
             penalize(logits, num_rows, params, self._counts, self._eos_table)
         return draw(logits, survey(logits, num_rows, params), params, self._counts)
 
     def warm_up(self) -> None:
-        """Compile every kernel. Leaves nothing behind."""
-        params = (SamplingParams(), SamplingParams(do_sample=True, seed=1, top_p=0.9, top_k=20), SamplingParams(presence_penalty=1.0))
-        table, self._counts = self._counts, None
-        for count in (1, len(params)):
-            sequences = [Sequence(job_id="warm-up", token_ids=[0, 0], num_prompt=1, params=each, max_kv_tokens=1) for each in params[:count]]
-            self.launch(torch.zeros(count, self._vocab_size, device=self._device), sequences)
-        self._counts, self._owners = table, [None] * len(self._owners)
+        """Compile every kernel in every form. Before any launch that counts; leaves nothing behind."""
+        kinds = (SamplingParams(), SamplingParams(do_sample=True), SamplingParams(min_new_tokens=2, max_new_tokens=2),
+                 SamplingParams(presence_penalty=1.0))
+        for params in kinds:
+            sequence = Sequence(job_id="warm-up", token_ids=[0, 0], num_prompt=1, params=params, max_kv_tokens=1)
+            self.launch(torch.zeros(1, self._vocab_size, device=self._device), [sequence])
+        self._counts, self._owners = None, [None] * len(self._owners)
 
     def _open(self, sequence: Sequence) -> _Known:
         params = sequence.params
@@ -112,38 +111,35 @@ class DeviceSampler:
         words = np.frombuffer(b"".join([each.packed for each in known]), dtype=np.int64).reshape(len(known), WORDS.value).copy()
         words[:, INDEX.value] = [sequence.num_output for sequence in sequences]
         lists: list[NDArray[np.int64]] = []
+        recounts: list[_Recount] = []
         end = words.size
-        for row, sequence in enumerate(sequences):
+        adjusted = [(row, sequence, each) for row, (sequence, each) in enumerate(zip(sequences, known, strict=True)) if each.is_adjusted]
+        for _, _, each in adjusted:
+            each.launch = self._num_launched
+        for row, sequence, each in adjusted:
             allowed = sequence.params.allowed_token_ids
             if allowed:
-                lists.append(np.array(allowed, dtype=np.int64))
                 words[row, ALLOWED_START.value], words[row, NUM_ALLOWED.value] = end, len(allowed)
+                lists.append(np.array(allowed, dtype=np.int64))
                 end += len(allowed)
-        recounts: list[_Recount] = []
-        for sequence, each in self._uncounted(sequences, known):
-            start = 0 if sequence.params.input_penalty else sequence.num_prompt
-            ids, numbers = np.unique(np.array(sequence.token_ids[start:], dtype=np.int64), return_counts=True)
-            lists += [ids, numbers.astype(np.int64).clip(max=MOST_COUNTED)]
-            recounts.append(_Recount(each.count_row, end, len(ids)))
-            end += 2 * len(ids)
-        for row, each in enumerate(known):
             if each.has_counts:
+                if self._is_stale(sequence, each):
+                    ids, numbers = _counted(sequence)
+                    recounts.append(_Recount(each.count_row, end, len(ids)))
+                    lists += [ids, numbers]
+                    end += 2 * len(ids)
                 words[row, COUNT_ROW.value] = each.count_row
+                each.num_counted = sequence.num_tokens + 1  # the draw adds its own token
         return self._copied(np.concatenate([words.ravel(), *lists])), recounts
 
-    def _uncounted(self, sequences: list[Sequence], known: list[_Known]) -> list[tuple[Sequence, _Known]]:
-        """Sequences whose row of counts is to be made from their known tokens; with this all have a row that the draw will bring up to date."""
-        counted = [(sequence, each) for sequence, each in zip(sequences, known, strict=True) if each.has_counts]
-        for _, each in counted:
-            each.launch = self._num_launched
-        stale = [(sequence, each) for sequence, each in counted if each.count_row < 0 or each.num_counted != sequence.num_tokens]
-        for sequence, each in stale:
-            assert not sequence.num_in_flight, "only a token drawn here can be in flight, and it was counted"
-            if each.count_row < 0:
-                self._give_row(each)
-        for sequence, each in counted:
-            each.num_counted = sequence.num_tokens + 1
-        return stale
+    def _is_stale(self, sequence: Sequence, known: _Known) -> bool:
+        """Whether its row of counts, which it is given if it has none, is to be made from its known tokens."""
+        if known.count_row >= 0 and known.num_counted == sequence.num_tokens:
+            return False
+        assert not sequence.num_in_flight, "only a token drawn here can be in flight, and it was counted"
+        if known.count_row < 0:
+            self._give_row(known)
+        return True
 
     def _give_row(self, known: _Known) -> None:
         """A row that nobody has, else that of the sequence longest away: at least one is not in this batch."""
@@ -178,6 +174,13 @@ def _pack(sequence: Sequence, eos_ids: frozenset[int], vocab_size: int) -> bytes
         is_adjusted=needs_adjusting(params), repetition_penalty=params.repetition_penalty, frequency_penalty=params.frequency_penalty,
         presence_penalty=params.presence_penalty, decay_start=decay_start, decay_factor=decay_factor,
         min_tokens=params.min_new_tokens if may_mask_eos else 0).pack()
+
+
+def _counted(sequence: Sequence) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Distinct tokens that penalties are about, and how often each occurs."""
+    start = 0 if sequence.params.input_penalty else sequence.num_prompt
+    ids, numbers = np.unique(np.array(sequence.token_ids[start:], dtype=np.int64), return_counts=True)
+    return ids, numbers.astype(np.int64).clip(max=MOST_COUNTED)
 
 
 def _seed(sequence: Sequence) -> int:

@@ -112,4 +112,4 @@ def test_odd_sizes_are_refused(device: torch.device) -> None:
 @pytest.mark.parametrize("lens", [[4096] * 4, [1, 63, 64, 65, 0, 1000, 4097, 30_000], [100_000]], ids=["equal", "ragged", "long"])
 def test_published_sizes(device: torch.device, num_heads: int, num_kv_heads: int, head_dim: int, lens: list[int]) -> None:
     case = make_case(device, torch.bfloat16, lens, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, page_size=64)
-    assert_close(case.run(num_splits(num_kv_heads, device), unit=64), case.expected(), torch.bfloat16)
+    assert_close(case.run(num_splits(num_kv_heads, head_dim, device), unit=64), case.expected(), torch.bfloat16)

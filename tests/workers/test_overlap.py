@@ -234,7 +234,7 @@ JOBS = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(jobs=st.lists(JOBS, max_size=12), role=st.sampled_from(["both", "prefill"]), lies=st.booleans(), num_pages=st.integers(9, 30),
        chunk_size=st.integers(1, 6), max_num_seqs=st.integers(1, 5), prefix_cache=st.booleans())
 def test_any_workload_gets_the_same_tokens_and_events_at_every_depth(jobs: list[Any], role: str, lies: bool, num_pages: int,
