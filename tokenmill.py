@@ -8,6 +8,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "status": ("coordinator.status", "who is alive, what is queued, what is held"),
     "jobs": ("coordinator.jobs_cli", "what became of a job; stop one"),
     "dlq": ("coordinator.dlq_cli", "dead letters: list, show, replay, drop"),
+    "keys": ("producers.keys_cli", "API keys of the REST door: create, list, revoke"),
     "model": ("workers.model_cli", "fetch the demo model, write random checkpoints, show one"),
 }
 

@@ -15,7 +15,7 @@ class FillEmpty(TorchDispatchMode):
     """Inside of it `torch.empty` and its relatives give floats full of `value`, and zeros of every other type."""
 
     def __init__(self, value: float) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._value = value
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

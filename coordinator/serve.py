@@ -18,6 +18,7 @@ from typing import Any
 from coordinator import lifeline, serve_flags
 from coordinator.embedded import EmbeddedServices
 from coordinator.errors import ConfigError, TokenmillError
+from coordinator.farm_access import with_key
 
 POLL_S = 0.1
 MAX_FAST_DEATHS = 3          # a child that dies this often within FAST_S each is a fault that a restart does not heal
@@ -131,10 +132,12 @@ def _ask_master(host: str, port: int) -> tuple[str, str]:
     told = False
     while True:
         try:
-            with urllib.request.urlopen(url, timeout=2.0) as reply:
+            with urllib.request.urlopen(with_key(url), timeout=2.0) as reply:
                 body: dict[str, Any] = json.load(reply)
                 return body["nats_url"], body["redis_url"]
         except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                raise ConfigError(f"{url} wants a trusted API key: set TOKENMILL_API_KEY (tokenmill keys create --trusted)") from None
             raise ConfigError(f"{url} answered {error.code}: --pd_master_ip and --pd_master_port must name a tokenmill pd_master") from None
         except (OSError, ValueError, KeyError) as error:
             if not told:
@@ -182,7 +185,8 @@ def _start_children(flags: argparse.Namespace, nats_url: str, redis_url: str, po
         children.append(Child("REST shim", "producers.rest", [
             *common, "--host", flags.host, "--port", str(port), "--max_body_bytes", str(flags.max_body_bytes),
             "--max_queued_tokens", str(flags.max_queued_tokens), "--max_tenant_jobs", str(flags.max_tenant_jobs),
-            "--max_tenant_tokens", str(flags.max_tenant_tokens)]))
+            "--max_tenant_tokens", str(flags.max_tenant_tokens), "--api_keys_file", flags.api_keys_file,
+            "--cors_origins", flags.cors_origins, *(["--insecure"] if flags.insecure else [])]))
     if flags.run_mode in ("normal", "prefill", "decode"):
         role = "both" if flags.run_mode == "normal" else flags.run_mode
         children.append(Child(f"{role} worker", "workers.worker", [*common, *_worker_args(flags, role)]))

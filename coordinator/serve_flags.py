@@ -21,6 +21,7 @@ examples
 
 environment
   LOADWORKER=N   threads that load weights      MOE_MODE=TP   KV_TRANS_USE_P2P=1   as LightLLM names them
+  TOKENMILL_API_KEY=tm-…   a trusted key, for workers and commands that ask a pd_master which wants keys
 """
 
 
@@ -48,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--nats_port", type=int, default=0, help="port of the embedded NATS; 0 picks a free one")
     add("--redis_port", type=int, default=0, help="port of the embedded Valkey; 0 picks a free one")
     add("--insecure", action="store_true", help="allow a bind address that is not loopback, without keys or TLS")
+    add("--api_keys_file", default="", help="ask REST clients for a key of this file (tokenmill keys create); needed unless --host is loopback")
+    add("--cors_origins", default="", help="origins whose web pages may ask here, separated by commas, or * (default: none)")
 
     add = parser.add_argument_group("engine").add_argument
     add("--device", default="auto", help="where the math runs: cpu, cuda, cuda:N, or auto: a GPU if there is one (default: %(default)s)")
@@ -138,8 +141,10 @@ def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[st
         raise ConfigError("--nats_url and --redis_url go together: give both or neither")
     if not (Path(flags.model_dir) / "config.json").is_file():
         raise ConfigError(f"--model_dir {flags.model_dir}: there is no config.json in it")
-    if not flags.insecure and not _is_loopback(flags.host):
-        raise ConfigError(f"--host {flags.host}: not a loopback address, and there are no keys yet; say --insecure to bind it all the same")
+    if flags.api_keys_file and not Path(flags.api_keys_file).is_file():
+        raise ConfigError(f"--api_keys_file {flags.api_keys_file}: there is no such file; `tokenmill keys create` makes one")
+    if not flags.api_keys_file and not flags.insecure and not _is_loopback(flags.host):
+        raise ConfigError(f"--host {flags.host}: not a loopback address: give --api_keys_file (tokenmill keys create), or say --insecure")
 
 
 def _is_loopback(host: str) -> bool:

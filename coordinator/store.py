@@ -10,7 +10,7 @@ share one hash tag, so that they live in one slot of a cluster. Time is the serv
                                        taken, crashes, on_trial, trial_deaths, trial_crashes (DeathRecord); prompt_tokens, reader
     {tokenmill}:owned:<owner>   set    job ids, so that a dead owner's jobs are found
     {tokenmill}:open            hash   job id -> "class tokens admitted_ms tenant" of what was admitted and is not over
-    {tokenmill}:load, :tenants  hash   sums over `open`: tokens by class, jobs and tokens by tenant
+    {tokenmill}:load, :tenants  hash   sums over `open`: tokens by class, jobs and tokens by tenant; submitted by tenant in its last minute
 """
 
 import logging
@@ -111,6 +111,7 @@ class AdmissionLimits:
     max_class_tokens: int = 8_000_000
     max_tenant_jobs: int = 0
     max_tenant_tokens: int = 0
+    max_tenant_tokens_per_minute: int = 0   # of what was submitted, whether it is over or not
 
 
 Blame = Literal["", "crash", "death"]
@@ -262,7 +263,8 @@ class Store:
         state, *bound = await self._call(
             "admit", [self._key("open"), self._key("load"), self._key("tenants"), self._job(job.job_id)], job.job_id, job.klass,
             job.prompt_tokens + job.max_new_tokens, job.tenant or "-", limits.max_class_tokens, limits.max_tenant_jobs,
-            limits.max_tenant_tokens, job.origin, job.prompt_tokens, JOB_TTL_S, int(job.is_named))
+            limits.max_tenant_tokens, job.origin, job.prompt_tokens, JOB_TTL_S, int(job.is_named),
+            limits.max_tenant_tokens_per_minute)
         tenant, klass = job.tenant, job.klass
         match _text(state):
             case "known":
@@ -271,6 +273,8 @@ class Store:
                 raise QueueFull(f"of tenant {tenant or '(none)'} ({_text(bound[0])} open jobs)")
             case "tenant_tokens" | "tenant_share":
                 raise QueueFull(f"of tenant {tenant or '(none)'} ({_text(bound[0])} open tokens)")
+            case "tenant_rate":
+                raise QueueFull(f"of tenant {tenant or '(none)'} ({_text(bound[0])} tokens per minute)", float(bound[1]) / 1000)
             case "class_tokens":
                 raise QueueFull(f"of class {klass} ({_text(bound[0])} open tokens)")
         return int(bound[0])
@@ -316,11 +320,19 @@ class Store:
 
     async def job(self, job_id: str) -> dict[str, str]:
         """The job's record, {} when there is none."""
+        return await self.hash(f"job:{job_id}")
+
+    async def hash(self, name: str) -> dict[str, str]:
+        """A whole record by the name of its key, {} when there is none."""
         try:
-            record = await self._redis.hgetall(self._job(job_id))
+            record = await self._redis.hgetall(self._key(name))
         except REDIS_FAILURES as error:
             raise Unavailable(f"Redis at {self.url}: {error}") from None
         return {_text(k): _text(v) for k, v in record.items()}
+
+    async def script(self, name: str, key_names: list[str], *args: Any) -> Any:
+        """Run one of the scripts for the modules beside this one (batch_store.py)."""
+        return await self._call(name, [self._key(key) for key in key_names], *args)
 
     async def _call(self, script: str, keys: list[str], *args: Any) -> Any:
         try:

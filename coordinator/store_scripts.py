@@ -3,6 +3,8 @@
 Every script gets KEYS {meta, leases, …} and ARGV {lease in ms, …}; the comment above each names the rest.
 """
 
+from coordinator.batch_scripts import BATCH_SCRIPTS
+
 # Head of every script: the server's clock, and the era. Another server process (restart, failover, restore) or missing meta data means
 # that anything may have been lost: a new era begins, in whose first lease (grace) living owners say again what they own. A Redis that
 # heard nobody for half a lease was itself away (owners renew five times a lease): leases did not lapse for lack of life, so nobody is
@@ -154,7 +156,7 @@ return epoch
 """
 
 # KEYS: .. open load tenants job. ARGV: lease_ms job class tokens tenant max_class_tokens max_tenant_jobs max_tenant_tokens (0: none)
-#   origin prompt_tokens ttl is_named. The job's record gets what a reader at another shim needs; without an era it is missing for claims.
+#   origin prompt_tokens ttl is_named max_tenant_tokens_per_minute. The job's record gets what a reader at another shim needs; without an era it is missing for claims.
 # Open work is what was admitted and has no final record. Above half of a class' bound, no tenant may hold more than its share.
 _ADMIT = """
 local id, klass, tokens, tenant = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
@@ -168,11 +170,19 @@ local jobs = tonumber(redis.call('HGET', KEYS[4], 'jobs ' .. tenant) or '0') + 1
 local held = tonumber(redis.call('HGET', KEYS[5], tenant) or '0') + tokens
 if most_jobs > 0 and jobs > most_jobs then return {'tenant_jobs', tostring(most_jobs)} end
 if most_tokens > 0 and held > most_tokens then return {'tenant_tokens', tostring(most_tokens)} end
+-- Of what was submitted, over or not: counted in whole minutes, and a single job over the rate has a minute of its own.
+local per_minute, minute = tonumber(ARGV[13]), math.floor(now / 60000)
+local at, spent = string.match(redis.call('HGET', KEYS[4], 'minute ' .. tenant) or '', '^(%d+) (%d+)$')
+spent = tonumber(at) == minute and tonumber(spent) or 0
+if per_minute > 0 and spent > 0 and spent + tokens > per_minute then
+  return {'tenant_rate', tostring(per_minute), int((minute + 1) * 60000 - now)}
+end
 if most > 0 and queued > most and queued > tokens then return {'class_tokens', tostring(most)} end
 local num_tenants = redis.call('HLEN', KEYS[5]) + (held == tokens and 1 or 0)
 if most > 0 and queued * 2 > most and num_tenants > 1 and held > most / num_tenants then
   return {'tenant_share', int(most / num_tenants)}
 end
+if per_minute > 0 then redis.call('HSET', KEYS[4], 'minute ' .. tenant, int(minute) .. ' ' .. int(spent + tokens)) end
 redis.call('HSET', KEYS[3], id, klass .. ' ' .. int(tokens) .. ' ' .. int(now) .. ' ' .. tenant)
 redis.call('HINCRBY', KEYS[4], klass, tokens)
 redis.call('HINCRBY', KEYS[4], 'jobs ' .. tenant, 1)
@@ -339,4 +349,5 @@ SCRIPTS = {
     "take_back": _TAKE_BACK, "finish": _FINISH, "give_up": _GIVE_UP, "try": _TRY, "admit": _ADMIT, "reader": _READER, "stale": _STALE,
     "discharge": _DISCHARGE, "assert": _ASSERT, "retire": _RETIRE, "orphans": _ORPHANS,
     "bury": _BURY, "lead": _LEAD, "cancel": _CANCEL, "view": _VIEW,
+    **BATCH_SCRIPTS,
 }

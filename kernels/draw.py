@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.prefill_tile import loop_bound
+from kernels.launch import loop_bound
 from kernels.row_params import COUNT_ROW, INDEX, IS_SAMPLED, LIMIT, SCALE, SEED, TOP_K, TOP_P, number, real
 from kernels.survey import Survey, row_figures, tempered_sums
 from kernels.token_filters import DEEPEST, GROUP, UNROLL, filtered_limit, fixed, load_tile, weight_of

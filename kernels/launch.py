@@ -9,9 +9,11 @@ import functools
 import os
 
 import torch
+import triton
 import triton.language as tl
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETED = tl.constexpr(IS_INTERPRETED)
 INTERPRETED_PROGRAMS = 6   # stands for the number of multiprocessors, so that persistent grids are exercised and still small
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float8_e4m3fn: tl.float8e4nv}
 
@@ -29,3 +31,11 @@ def num_programs(device: torch.device, per_multiprocessor: int = 1) -> int:
 @functools.cache
 def _num_multiprocessors(device: torch.device) -> int:
     return 132 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def loop_bound(count):
+    """`count`, for a range. The interpreter's scalars are arrays of one number, which numpy >= 2.4 does not take for integers."""
+    if _INTERPRETED:
+        return count.handle.data.item()
+    return count

@@ -16,8 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.decode_tile import LOG2_E, accumulate, store_result
-from kernels.launch import dot_dtype, num_programs
-from kernels.prefill_tile import loop_bound
+from kernels.launch import dot_dtype, loop_bound, num_programs
 from kernels.split_combine import allocate_partials, combine_splits
 from kernels.split_schedule import SplitSchedule, program_span
 

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.launch import dot_dtype
-from kernels.prefill_tile import LOG2_E, find_sequence, hold, loop_bound, num_tiles, packs_weights, release, softmax_step
+from kernels.launch import dot_dtype, loop_bound
+from kernels.prefill_tile import LOG2_E, find_sequence, hold, num_tiles, packs_weights, release, softmax_step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.prefill_tile import loop_bound
+from kernels.launch import loop_bound
 from kernels.row_params import (
     ALLOWED_START,
     COUNT_ROW,

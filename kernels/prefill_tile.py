@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import IS_INTERPRETED
+from kernels.launch import IS_INTERPRETED, loop_bound
 
 LOG2_E = 1.4426950408889634
 SEQS = tl.constexpr(256)  # looked at in one step of the search
@@ -27,14 +27,6 @@ def num_tiles(num_queries: int, num_seqs: int, block_m: int) -> int:
 
 def packs_weights(dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2
-
-
-@triton.jit
-def loop_bound(count):
-    """`count`, for a range. The interpreter's scalars are arrays of one number, which numpy >= 2.4 does not take for integers."""
-    if _INTERPRETED:
-        return count.handle.data.item()
-    return count
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.prefill_tile import loop_bound
+from kernels.launch import loop_bound
 from kernels.split_schedule import SplitSchedule
 
 MANY_PROGRAMS = 2048  # above it a program serves 8 heads, as most sequences of a large batch are whole and it has nothing to do

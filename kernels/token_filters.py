@@ -15,7 +15,7 @@ A flat distribution lists all groups, and the same steps read the row as often a
 import triton
 import triton.language as tl
 
-from kernels.prefill_tile import loop_bound
+from kernels.launch import loop_bound
 from kernels.row_params import DEEPEST as _DEEPEST
 from kernels.row_params import FIXED_ONE as _FIXED_ONE
 

@@ -31,7 +31,7 @@ from coordinator.sampling import SamplingParams
 from coordinator.store import AdmissionLimits, Admitted, Store
 from producers.catch_up import CatchUp
 from producers.job_handle import JobHandle, JobResult, Token
-from producers.open_work import OpenWork
+from producers.open_work import LimitsOf, OpenWork
 
 __all__ = ["JobHandle", "JobResult", "Token", "TokenmillClient"]
 
@@ -46,14 +46,14 @@ class TokenmillClient:
     """A producer. Make it with `connect`; it is an async context manager."""
 
     def __init__(self, bus: Bus, store: Store | None, *, model: str, origin: str, submit_timeout_s: float = SUBMIT_TIMEOUT_S,
-                 limits: AdmissionLimits | None = None) -> None:
+                 limits: AdmissionLimits | None = None, limits_of: LimitsOf | None = None) -> None:
         self.bus = bus
         self.submit_timeout_s = submit_timeout_s
         self.store = store
         self.model = subjects.model_token(model)
         self.origin = check_id("origin", origin)
         self._yielded_s = 0.0
-        self._open_work = OpenWork(store, limits or AdmissionLimits()) if store is not None else None
+        self._open_work = OpenWork(store, limits or AdmissionLimits(), limits_of) if store is not None else None
         self._live: Subscription | None = None
         self._turn = asyncio.Lock()
         self._full_until: dict[str, float] = {}        # by subject: refused a moment ago
@@ -64,7 +64,8 @@ class TokenmillClient:
     @classmethod
     async def connect(cls, nats_url: str, redis_url: str | None = None, *, model: str = "default_model_name", origin: str = "",
                       max_queued: int | None = None, connect_timeout_s: float = 10.0, submit_timeout_s: float = SUBMIT_TIMEOUT_S,
-                      on_fatal: Callable[[Exception], None] | None = None, limits: AdmissionLimits | None = None) -> Self:
+                      on_fatal: Callable[[Exception], None] | None = None, limits: AdmissionLimits | None = None,
+                      limits_of: LimitsOf | None = None) -> Self:
         """Connect, make sure that the streams exist, and listen.
 
         Without Redis, cancelling reaches only jobs that are running, only their number bounds the queue (not their tokens), and jobs
@@ -76,7 +77,7 @@ class TokenmillClient:
         origin = origin or f"producer-{uuid.uuid4().hex[:12]}"
         bus = await Bus.connect(nats_url, name=origin, on_fatal=on_fatal, timeout_s=connect_timeout_s)
         client = cls(bus, Store(redis_url) if redis_url else None, model=model, origin=origin, submit_timeout_s=submit_timeout_s,
-                     limits=limits)
+                     limits=limits, limits_of=limits_of)
         try:
             await client.start(max_queued=max_queued)
         except BaseException:

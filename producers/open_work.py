@@ -7,7 +7,7 @@ a tenant waits for the answer: a name may be known already, a tenant may be at i
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 
 from coordinator.errors import TokenmillError
 from coordinator.store import AdmissionLimits, Admitted, Store
@@ -16,15 +16,17 @@ log = logging.getLogger(__name__)
 
 FRESH_S = 1.0          # how long a class that was less than half full is taken to have room
 ROOMY = 0.5
+LimitsOf = Callable[[str, AdmissionLimits], AdmissionLimits]
 BESIDE_DELAY_S = 0.002   # the publish goes first: its way to the first token is the longer one
 
 
 class OpenWork:
-    """One per producer. `count_in` raises QueueFull, Unavailable."""
+    """One per producer. `count_in` raises QueueFull, Unavailable. `limits_of` says what holds for a tenant, given the farm's limits."""
 
-    def __init__(self, store: Store, limits: AdmissionLimits) -> None:
+    def __init__(self, store: Store, limits: AdmissionLimits, limits_of: LimitsOf | None = None) -> None:
         self._store = store
         self._limits = limits
+        self._limits_of: LimitsOf = limits_of or (lambda tenant, farm: farm)
         self._roomy_until: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -57,7 +59,7 @@ class OpenWork:
             log.warning("job %s stays counted until the watcher finds it: %s", job_id, error)
 
     async def _ask(self, job: Admitted) -> bool:
-        open_tokens = await self._store.admit(job, self._limits)
+        open_tokens = await self._store.admit(job, self._limits_of(job.tenant, self._limits))
         if open_tokens is None:
             return False
         most = self._limits.max_class_tokens

@@ -1,6 +1,7 @@
 """Settings of the REST shim, and the flags that map onto them. Nothing else reads flags."""
 
 import argparse
+import ipaddress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,6 +21,9 @@ class RestSettings:
     port: int = 8000
     max_req_total_len: int = 16384             # tokens of one request, prompt and output
     max_body_bytes: int = 4 * 1024 * 1024
+    api_keys_file: str = ""                    # made by `tokenmill keys`; empty: no keys are asked for
+    cors_origins: str = ""                     # separated by commas, or *; empty: no browser of another origin may read answers
+    insecure: bool = False                     # an address that is not loopback, without keys
     max_queued: int = DEFAULT_MAX_QUEUED       # jobs per class before clients get 429
     job_class: JobClass = "normal"
     submit_timeout_s: float = 5.0              # how long a request rides out a broker that is away, before 503
@@ -41,6 +45,9 @@ _HELP = {
     "port": "port to bind; 0 picks a free one",
     "max_req_total_len": "most tokens of one request, prompt and output",
     "max_body_bytes": "largest request body",
+    "api_keys_file": "file of API keys (tokenmill keys); without it no key is asked for",
+    "cors_origins": "origins whose pages may ask here, separated by commas, or *",
+    "insecure": "allow a bind address that is not loopback without API keys",
     "max_queued": "jobs per class, waiting or running, before clients get 429",
     "max_queued_tokens": "open tokens (prompt and max_new_tokens, queued and running) per class before clients get 429; 0: no bound",
     "max_tenant_jobs": "open jobs of one tenant before it gets 429; 0: no bound",
@@ -69,4 +76,14 @@ def parse(argv: list[str] | None) -> RestSettings:
         else:
             options |= {"default": f.default, "type": type(f.default), "choices": _CHOICES.get(f.name)}
         parser.add_argument(f"--{f.name}", *([f"--{f.name.replace('_', '-')}"] if "_" in f.name else []), **options)
-    return RestSettings(**vars(parser.parse_args(argv)))
+    settings = RestSettings(**vars(parser.parse_args(argv)))
+    if not (settings.api_keys_file or settings.insecure or is_loopback(settings.host)):
+        parser.error(f"--host {settings.host}: not a loopback address: give --api_keys_file (tokenmill keys create), or say --insecure")
+    return settings
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
