@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 MODEL := models/smollm2-135m-instruct
 PORT ?= 8088
 
-.PHONY: serve test test-unit test-chaos lint bench clean help
+.PHONY: serve test test-gpu test-chaos lint bench clean help
 
 help:
 	@echo "make serve       the whole farm on this machine, with the demo model, on port $(PORT)"
 	@echo "make test        linters, type checks and the test suite"
 	@echo "make bench       figures of the farm on this machine, to bench/results/"
 	@echo "make test-chaos  the long fault-injection suite"
+	@echo "make test-gpu    kernels and engine on the GPU of this machine"
 
 # torch goes first and by pip: on a CPU machine that keeps CUDA out, on a GPU machine the same pin brings it in.
 $(VENV)/.serve: pyproject.toml constraints.txt
@@ -21,8 +22,10 @@ $(VENV)/.serve: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[embedded,demo]'
 	touch $@
 
+# A CUDA build of torch brings the Triton that it goes with; without one, Triton is there to interpret and to compile kernels.
 $(VENV)/.dev: $(VENV)/.serve
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet 'triton==3.6.*'
 	touch $@
 
 $(MODEL)/config.json: | $(VENV)/.serve
@@ -42,6 +45,11 @@ test: $(VENV)/.dev lint $(MODEL)/config.json
 
 test-chaos: $(VENV)/.dev $(MODEL)/config.json
 	$(BIN)/python -m pytest tests -m chaos
+
+# Kernels compile for the GPU that is there; without one the target fails.
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"'
+	$(BIN)/python -m pytest tests/kernels tests/workers/test_kv_cache_cuda.py tests/workers/test_gpu_engine.py
 
 bench: $(VENV)/.dev $(MODEL)/config.json
 	$(BIN)/python -m bench.farm --model_dir $(MODEL)
