@@ -4,22 +4,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import experts as half
+from kernels import fp8_experts as fp8
+from kernels import router, skinny_linear
+from kernels.align import allocate
 from kernels.attention import MlaWeights
 from kernels.block_fp8 import BlockFp8
 from kernels.device_plan import DevicePlan
-from kernels.experts import make_experts as make_half_experts
-from kernels.fp8_experts import make_fp8_experts
 from kernels.fp8_linear import Fp8Linear
 from kernels.gather_latents import gather_latents
 from kernels.gqa_decode import gqa_decode
 from kernels.gqa_prefill import gqa_prefill
 from kernels.gqa_store import gqa_rope_store
+from kernels.head_product import MOST_TOKENS as MOST_BY_HEADS
+from kernels.head_product import head_product
 from kernels.linear import Linear, plain_linear
 from kernels.mla_decode import mla_decode
 from kernels.mla_prefill import mla_prefill
 from kernels.mla_store import mla_norm_rope_store
 from kernels.norm import add_rms_norm, rms_norm
-from kernels.ops import Experts, Ops, Routing
+from kernels.ops import Experts, Ops, Routed, Routing
 from kernels.plan import Rotary
 from kernels.routing import route as route_kernel
 from kernels.silu_mul import silu_mul
@@ -28,14 +32,29 @@ from kernels.silu_mul import silu_mul
 def make_linear(weight: Tensor | BlockFp8, bias: Tensor | None) -> Linear:
     if isinstance(weight, BlockFp8):
         return Fp8Linear(weight, bias)
-    return plain_linear(weight, bias)
+    return _skinny_or(plain_linear(weight, bias), weight, bias, weight.dtype)
 
 
 def make_head(weight: Tensor) -> Linear:
     transposed = weight.t()
     if weight.dtype == torch.float32:
         return lambda x: torch.mm(x, transposed)
-    return lambda x: torch.mm(x, transposed, out_dtype=torch.float32)
+    return _skinny_or(lambda x: torch.mm(x, transposed, out_dtype=torch.float32), weight, None, torch.float32)
+
+
+def _skinny_or(product: Linear, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Linear:
+    """`product`, but the kernel for few rows where this weight's table has a config for them."""
+    table = skinny_linear.table_for(weight)
+    if not table or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+        return product
+
+    def linear(x: Tensor) -> Tensor:
+        config = skinny_linear.config_for(x.shape[0], table)
+        if config is None:
+            return product(x)
+        return skinny_linear.skinny_linear(x, weight, bias, out_dtype=out_dtype, config=config)
+
+    return linear
 
 
 def make_router(weight: Tensor) -> Linear:
@@ -44,20 +63,41 @@ def make_router(weight: Tensor) -> Linear:
     if not torch.equal(narrow.float(), weight):
         return lambda x: F.linear(x.float(), weight)
     transposed = narrow.t()
-    return lambda x: torch.mm(x, transposed, out_dtype=torch.float32) if x.dtype == torch.bfloat16 else F.linear(x.float(), weight)
+
+    def product(x: Tensor) -> Tensor:
+        if x.dtype != torch.bfloat16:
+            return F.linear(x.float(), weight)
+        return router.router(x, narrow) if x.shape[0] <= router.MOST_TOKENS else torch.mm(x, transposed, out_dtype=torch.float32)
+
+    return product
 
 
 def make_experts(gate_up: Tensor | BlockFp8, down: Tensor | BlockFp8) -> Experts:
+    num_experts, hidden_size, inner = down.shape
     if isinstance(gate_up, BlockFp8) and isinstance(down, BlockFp8):
-        return make_fp8_experts(gate_up, down)
+        return Experts(
+            lambda x, routed: fp8.fp8_experts(x, gate_up, down, routed.ids, routed.weights, aligned=routed.aligned),
+            lambda num_tokens, num_chosen: fp8.config_for(num_tokens * num_chosen, num_experts).block_m)
     assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
-    return make_half_experts(gate_up, down)
+    packed = half.pack_gate_up(gate_up)
+    return Experts(
+        lambda x, routed: half.experts(x, packed, down, routed.ids, routed.weights, aligned=routed.aligned),
+        lambda num_tokens, _: half.config_for(num_tokens, hidden_size, inner).block_m)
 
 
-def route(logits: Tensor, routing: Routing, num_valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    return route_kernel(logits, routing.bias, top_k=routing.top_k, num_groups=routing.num_groups,
-                        groups_per_token=routing.groups_per_token, scaling_factor=routing.scaling_factor, normalize=routing.normalize,
-                        num_shared=routing.num_shared, num_valid=num_valid)
+def route(logits: Tensor, routing: Routing, num_valid: Tensor | None) -> Routed:
+    """Sorted by expert too. logits [T, E], or parts of them [S, T, E]."""
+    num_tokens, num_experts = logits.shape[-2:]
+    num_chosen = routing.top_k + routing.num_shared
+    aligned = None
+    if routing.block_m is not None:
+        block_m = routing.block_m(num_tokens, num_chosen)
+        aligned = allocate(num_tokens * num_chosen, num_experts + routing.num_shared, block_m, logits.device)
+    ids, weights = route_kernel(
+        logits, routing.bias, top_k=routing.top_k, num_groups=routing.num_groups, groups_per_token=routing.groups_per_token,
+        scaling_factor=routing.scaling_factor, normalize=routing.normalize, num_shared=routing.num_shared, num_valid=num_valid,
+        aligned=aligned)
+    return Routed(ids, weights, aligned)
 
 
 def store_mla(q: Tensor, latent: Tensor, norm_weight: Tensor, eps: float, rotary: Rotary, slots: Tensor, cache: Tensor) -> None:
@@ -75,15 +115,24 @@ def attend_mla(q: Tensor, cache: Tensor, plan: DevicePlan, weights: MlaWeights, 
     out = torch.empty(q.shape[0], num_heads, weights.w_uv.shape[1], dtype=q.dtype, device=q.device)
     if num_decodes:
         nope, rotated = q[:num_decodes].tensor_split((weights.w_uk.shape[1],), -1)
-        absorbed = torch.empty(num_decodes, num_heads, latent_dim, dtype=q.dtype, device=q.device)
-        torch.bmm(nope.transpose(0, 1), weights.w_uk, out=absorbed.transpose(0, 1))
+        absorbed = _by_heads(nope, weights.w_uk)
         attended = mla_decode(absorbed, rotated, cache, plan.page_table, plan.seq_lens, plan.schedule, scale, plan.page_size)
-        torch.bmm(attended.transpose(0, 1), weights.w_uv.transpose(1, 2), out=out[:num_decodes].transpose(0, 1))
+        _by_heads(attended, weights.w_uv.transpose(1, 2), out[:num_decodes])
     for part in plan.chunks:
         latents = gather_latents(cache, part.page_table, part.cu_k, part.num_keys, part.max_k, plan.page_size)
         kv = torch.mm(latents[:, :latent_dim], weights.kv_b.view(-1, latent_dim).t()).view(part.num_keys, num_heads, per_head)
         mla_prefill(q[part.start : part.end], kv, latents[:, latent_dim:], part.cu_q, part.cu_k, part.max_q, scale,
                     out=out[part.start : part.end])
+    return out
+
+
+def _by_heads(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [T, H, K] by weight [H, K, N] -> [T, H, N]"""
+    if out is None:
+        out = torch.empty(x.shape[0], weight.shape[0], weight.shape[2], dtype=x.dtype, device=x.device)
+    if x.shape[0] <= MOST_BY_HEADS:
+        return head_product(x, weight, out=out)
+    torch.bmm(x.transpose(0, 1), weight, out=out.transpose(0, 1))
     return out
 
 

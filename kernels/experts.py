@@ -3,7 +3,6 @@
 Knows nothing of how experts were chosen. Shared experts are further experts that every token has in its list.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,12 +82,6 @@ def pack_gate_up(gate_up: Tensor) -> Tensor:
     """[E, 2I, D], I gate rows above I up rows -> [E, 2I, D], a gate row and its up row in turn, so that one thread holds both products."""
     num_experts, width, hidden_size = gate_up.shape
     return gate_up.view(num_experts, 2, width // 2, hidden_size).transpose(1, 2).reshape(num_experts, width, hidden_size)
-
-
-def make_experts(gate_up: Tensor, down: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """gate_up [E, 2I, D], not packed, and down [E, D, I] -> (x, ids, weights) -> `experts`"""
-    packed = pack_gate_up(gate_up)
-    return lambda x, ids, weights: experts(x, packed, down, ids, weights)
 
 
 def experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, *, aligned: Aligned | None = None,

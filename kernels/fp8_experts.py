@@ -4,7 +4,6 @@ Three launches over rows that `kernels.align` sorted: the tokens' rows are quant
 SwiGLU in float32 and quantized again where it stands in registers (a tile is just one group of 128 wide); down, times routing weight.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,11 +60,6 @@ CONFIGS: tuple[tuple[float, Config], ...] = (
 def config_for(num_rows: int, num_experts: int) -> Config:
     """The table's config for num_rows = T * k rows of num_experts experts."""
     return next(config for most, config in CONFIGS if num_rows <= most * num_experts)
-
-
-def make_fp8_experts(gate_up: BlockFp8, down: BlockFp8) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """(x, ids, weights) -> [T, k, D]; arguments as in `fp8_experts`."""
-    return lambda x, ids, weights: fp8_experts(x, gate_up, down, ids, weights)
 
 
 def fp8_experts(x: Tensor, gate_up: BlockFp8, down: BlockFp8, ids: Tensor, weights: Tensor, *, aligned: Aligned | None = None,

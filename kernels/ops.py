@@ -16,14 +16,32 @@ from kernels.attention import MlaWeights, make_add_rms_norm, make_attend_gqa, ma
 from kernels.linear import Linear
 from kernels.plan import Rotary
 
-Experts = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [T, D], ids [T, k], weights [T, k] -> [T, D], or [T, k, D] to be summed over k
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """The experts of each token: ids [T, k], weights [T, k] float32. `aligned`: the ids sorted as the device's experts want them."""
+
+    ids: Tensor
+    weights: Tensor
+    aligned: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """run      (x [T, D], routed) -> [T, D], or [T, k, D] to be summed over k
+    block_m  (T, k) -> in blocks of how many rows they want the ids sorted; None: as they are
+    """
+
+    run: Callable[[Tensor, Routed], Tensor]
+    block_m: Callable[[int, int], int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
     """How a token's experts are chosen. `bias` [E] or None: the choice of DeepSeek-V3 or of V2 (`reference.route_…`).
 
-    `num_shared` shared experts stand behind the E routed ones as experts that every token visits with weight 1.
+    `num_shared` shared experts stand behind the E routed ones as experts that every token visits with weight 1. `block_m` is that of
+    the experts.
     """
 
     top_k: int
@@ -33,6 +51,7 @@ class Routing:
     normalize: bool
     bias: Tensor | None
     num_shared: int = 0
+    block_m: Callable[[int, int], int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,14 +60,14 @@ class Ops:
 
     make_linear   (weight, bias) -> x [..., K] -> [..., N]; a weight may be fp8 in blocks where the device takes that
     make_head     the same for the output projection: float32 logits
-    make_router   gate weight [E, D] float32 -> x -> logits [T, E] float32, whatever the type of x
+    make_router   gate weight [E, D] float32 -> x -> logits [T, E] float32, whatever the type of x; or what `route` takes for them
     make_experts  (gate_up [E, 2I, D], down [E, D, I]) -> Experts
     add_rms_norm  (delta [T, D] or [T, k, D], residual [T, D], weight, eps): residual += delta, summed over k; returns its norm
     store_mla     (q [T, H, nope + rope], latent [T, R + rope], norm weight [R], eps, rotary, slots, cache): rotates q in place, norms
                   and rotates the latents into the cache
     store_gqa     (heads [T, H + 2 KV, d]: q, k, v; rotary, slots, cache, H): rotates q and k in place, stores k and v
     attend_…      (q [T, H, ...], cache, plan of the batch, ...) -> [T, H, v]; q's nope part may be left changed
-    route         (logits, routing, number of real rows or None) -> ids [T, k], weights [T, k] float32
+    route         (logits, routing, number of real rows or None) -> Routed
     """
 
     make_linear: Callable[[Any, Tensor | None], Linear] = linear.plain_linear
@@ -64,7 +83,7 @@ class Ops:
     store_gqa: Callable[[Tensor, Rotary, Tensor, Tensor, int], None]
     attend_mla: Callable[[Tensor, Tensor, Any, MlaWeights, float], Tensor]
     attend_gqa: Callable[[Tensor, Tensor, Any, float], Tensor]
-    route: Callable[[Tensor, Routing, Tensor | None], tuple[Tensor, Tensor]]
+    route: Callable[[Tensor, Routing, Tensor | None], Routed]
 
 
 def ops_for(device: torch.device) -> Ops:
@@ -75,16 +94,16 @@ def ops_for(device: torch.device) -> Ops:
     return CPU if device.type == "cpu" else PLAIN
 
 
-def _route(logits: Tensor, routing: Routing, num_valid: Tensor | None) -> tuple[Tensor, Tensor]:
+def _route(logits: Tensor, routing: Routing, num_valid: Tensor | None) -> Routed:
     assert num_valid is None and routing.num_shared == 0
     common = routing.top_k, routing.num_groups, routing.groups_per_token, routing.scaling_factor
     if routing.bias is None:
-        return reference.route_softmax(logits, *common)
-    return reference.route_noaux(logits, routing.bias, *common, routing.normalize)
+        return Routed(*reference.route_softmax(logits, *common))
+    return Routed(*reference.route_noaux(logits, routing.bias, *common, routing.normalize))
 
 
 def _make_experts(gate_up: Tensor, down: Tensor) -> Experts:
-    return lambda x, ids, weights: reference.fused_experts(x, gate_up, down, ids, weights)
+    return Experts(lambda x, routed: reference.fused_experts(x, gate_up, down, routed.ids, routed.weights))
 
 
 def _make_router(weight: Tensor) -> Linear:

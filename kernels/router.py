@@ -30,7 +30,9 @@ class Config:
 # By model, the largest step that a config is for.
 Table = tuple[tuple[float, Config], ...]
 V2_LITE: Table = (
-    (16, Config(block_t=16, block_e=16, block_k=128, num_warps=1)), (64, Config(block_t=16, block_e=32, block_k=256, num_warps=2)),
+    (4, Config(block_t=16, block_e=32, block_k=64, num_warps=2, num_tiles=2, num_stages=3)),
+    (16, Config(block_t=16, block_e=16, block_k=64, num_warps=1, num_tiles=4, num_stages=3)),
+    (64, Config(block_t=16, block_e=32, block_k=256, num_warps=2, num_tiles=2, num_stages=3)),
     (float("inf"), Config(block_t=32, block_e=64, block_k=128, num_warps=4, num_tiles=2)))
 V3: Table = (
     (16, Config(block_t=16, block_e=64, block_k=256, num_warps=4)),

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.align import Aligned, align_into
 
-ONE_PROGRAM = 8_192   # tokens times experts that one program can still choose and sort faster than two launches would
+ONE_PROGRAM = 512      # tokens times experts (both padded) that one program chooses and sorts faster than two launches do
 SEVERAL = 2048         # scores of a program that only chooses
 PER_THREAD = 8         # scores in a thread's registers
 FILL = 1024            # slots that are filled at a time
@@ -22,7 +22,7 @@ def route(logits: Tensor, bias: Tensor | None, *, top_k: int, num_groups: int = 
           aligned: Aligned | None = None) -> tuple[Tensor, Tensor]:
     """The experts of each token and their weights.
 
-    logits            [T, E] float32, rows contiguous
+    logits            [T, E] float32, rows contiguous; or [S, T, E], parts that are added up in their order
     bias              None: softmax scores, a group counts by its best expert (DeepSeek-V2)
                       [E] float32: sigmoid scores; score + bias decides, a group counts by its best two, the score is the weight (V3)
     groups_per_token  experts come from so many of the num_groups groups, the token's best
@@ -35,9 +35,9 @@ def route(logits: Tensor, bias: Tensor | None, *, top_k: int, num_groups: int = 
 
     Raises ValueError for other logits, and if the groups hold too few experts. Source: transformers' modeling_deepseek_v2 and _v3.
     """
-    num_tokens, num_experts = logits.shape
+    num_tokens, num_experts = logits.shape[-2:]
     per_group, rest = divmod(num_experts, num_groups)
-    if logits.dtype != torch.float32 or logits.stride(1) != 1:
+    if logits.dtype != torch.float32 or logits.stride(-1) != 1:
         raise ValueError(f"logits must be float32 with contiguous rows, not {logits.dtype} with strides {logits.stride()}")
     if rest or groups_per_token * per_group < top_k:
         raise ValueError(f"cannot choose {top_k} experts from {groups_per_token} of {num_groups} groups of {num_experts} experts")
@@ -52,9 +52,10 @@ def route(logits: Tensor, bias: Tensor | None, *, top_k: int, num_groups: int = 
         num_warps = min(max(block_t * block_g * block_p // (32 * PER_THREAD), 1), 16)
         _route[(triton.cdiv(num_tokens, block_t),)](
             logits, bias, num_valid, ids, weights, aligned and aligned.sorted_rows, aligned and aligned.block_experts,
-            num_tokens, logits.stride(0), aligned.num_blocks if aligned else 0, scaling_factor, NUM_EXPERTS=num_experts, TOP_K=top_k,
-            NUM_GROUPS=num_groups, GROUPS_PER_TOKEN=groups_per_token, NORMALIZE=normalize, NUM_SHARED=num_shared, BLOCK_T=block_t,
-            BLOCK_G=block_g, BLOCK_P=block_p, BLOCK_K=triton.next_power_of_2(num_chosen),
+            num_tokens, logits.stride(0), logits.stride(-2), aligned.num_blocks if aligned else 0, scaling_factor,
+            NUM_PARTS=logits.shape[0] if logits.ndim == 3 else 1, NUM_EXPERTS=num_experts, TOP_K=top_k, NUM_GROUPS=num_groups,
+            GROUPS_PER_TOKEN=groups_per_token, NORMALIZE=normalize, NUM_SHARED=num_shared, BLOCK_T=block_t, BLOCK_G=block_g,
+            BLOCK_P=block_p, BLOCK_K=triton.next_power_of_2(num_chosen),
             BLOCK_M=aligned.block_m if aligned and sorts else 0, FILL=FILL, num_warps=num_warps)
     if aligned is not None and not sorts:
         align_into(aligned, ids, num_experts + num_shared)
@@ -93,10 +94,10 @@ def _group_scores(scores, BIASED: tl.constexpr, T: tl.constexpr, G: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "scaling_factor"])
-def _route(logits, bias, num_valid, ids, weights, sorted_rows, block_experts, num_tokens, row_stride, num_blocks, scaling_factor,
-           NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS_PER_TOKEN: tl.constexpr,
-           NORMALIZE: tl.constexpr, NUM_SHARED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
-           BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, FILL: tl.constexpr):
+def _route(logits, bias, num_valid, ids, weights, sorted_rows, block_experts, num_tokens, part_stride, row_stride, num_blocks,
+           scaling_factor, NUM_PARTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NUM_GROUPS: tl.constexpr,
+           GROUPS_PER_TOKEN: tl.constexpr, NORMALIZE: tl.constexpr, NUM_SHARED: tl.constexpr, BLOCK_T: tl.constexpr,
+           BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, FILL: tl.constexpr):
     # Columns are experts, every group at a multiple of BLOCK_P: a column's number grows with the expert's.
     PER_GROUP: tl.constexpr = NUM_EXPERTS // NUM_GROUPS
     BLOCK_E: tl.constexpr = BLOCK_G * BLOCK_P
@@ -112,8 +113,11 @@ def _route(logits, bias, num_valid, ids, weights, sorted_rows, block_experts, nu
     else:
         num_kept = tl.minimum(tl.load(num_valid), num_tokens)
     is_kept = tokens < num_kept
-    x = tl.load(logits + tokens[:, None].to(tl.int64) * row_stride + experts[None, :], mask=is_kept[:, None] & is_expert[None, :],
-                other=LOWEST)
+    rows = logits + tokens[:, None].to(tl.int64) * row_stride + experts[None, :]
+    is_logit = is_kept[:, None] & is_expert[None, :]
+    x = tl.load(rows, mask=is_logit, other=LOWEST)
+    for part in tl.static_range(1, NUM_PARTS):
+        x += tl.load(rows + part * part_stride, mask=is_logit, other=0.0)
     x = tl.maximum(tl.where(x == x, x, LOWEST), LOWEST)
     if bias is None:
         # The logit decides: it orders as the softmax does, and still where that underflows.

@@ -1,7 +1,7 @@
 """Products of up to 16 rows with fixed weights: nothing but reading the weights once, from as many programs as the device can hold.
 
-Whole rows of the weight at once on the ordinary cores, for very few rows of x: every load of a program is in flight before its
-first use. Tiles on the matrix unit for more. Knows no fp8 (`kernels.fp8_linear`) and splits no depth: a program finishes its outputs.
+For very few rows of x, whole rows of the weight at once on the ordinary cores, in many programs that each wait once for their loads;
+for more, tiles on the matrix unit. Knows no fp8 (`kernels.fp8_linear`) and splits no depth: a program finishes its outputs.
 """
 
 from dataclasses import dataclass
@@ -33,11 +33,11 @@ class Config:
 Table = tuple[tuple[int, Config], ...]
 TILES = Config(block_n=16, num_warps=2, block_k=256, num_stages=4)
 TABLES: dict[tuple[int, int], Table] = {
-    (3648, 2048): ((4, Config(block_n=4, num_warps=2)), (16, TILES)),
-    (2048, 2048): ((4, Config(block_n=2, num_warps=2)), (16, TILES)),
-    (21888, 2048): ((4, Config(block_n=8, num_warps=4)), (16, TILES)),
+    (3648, 2048): ((4, Config(block_n=1, num_warps=1)), (16, TILES)),
+    (2048, 2048): ((4, Config(block_n=1, num_warps=1)), (16, TILES)),
+    (21888, 2048): ((4, Config(block_n=2, num_warps=1)), (16, TILES)),
     (2048, 10944): ((4, Config(block_n=1, num_warps=8)), (16, TILES)),
-    (102400, 2048): ((4, Config(block_n=8, num_warps=4)), (16, TILES)),
+    (102400, 2048): ((4, Config(block_n=2, num_warps=1)), (16, TILES)),
 }
 
 
@@ -97,10 +97,10 @@ def _by_rows(x, weight, bias, out, row_stride, NUM_TOKENS: tl.constexpr, WIDTH: 
     offsets = tl.arange(0, BLOCK_K)
     is_column, is_in = columns < WIDTH, offsets < DEPTH
     w = tl.load(weight + columns[:, None].to(tl.int64) * DEPTH + offsets[None, :], mask=is_column[:, None] & is_in[None, :], other=0.0,
-                eviction_policy="evict_first").to(tl.float32)
+                eviction_policy="evict_first")
     for token in tl.static_range(NUM_TOKENS):
-        row = tl.load(x + token * row_stride + offsets, mask=is_in, other=0.0).to(tl.float32)
-        product = tl.sum(w * row[None, :], 1)
+        row = tl.load(x + token * row_stride + offsets, mask=is_in, other=0.0)
+        product = tl.sum(w.to(tl.float32) * row.to(tl.float32)[None, :], 1)
         if bias is not None:
             product += tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)
         tl.store(out + token * WIDTH + columns, product.to(out.dtype.element_ty), mask=is_column)

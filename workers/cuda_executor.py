@@ -20,7 +20,7 @@ from torch import Tensor
 from coordinator.errors import ConfigError
 from kernels import gqa_decode, mla_decode
 from kernels.device_plan import Chunks, DevicePlan
-from kernels.ops import Ops, Routing, ops_for
+from kernels.ops import Ops, Routed, Routing, ops_for
 from kernels.plan import Rotary
 from kernels.split_schedule import SplitSchedule
 from kernels.step_inputs import decode_inputs, prefill_inputs
@@ -158,11 +158,11 @@ class CudaExecutor:
         counts = [int((ids[:, : moe.num_experts_per_token].unique() >= 0).sum()) for ids in routed]
         return sum(counts) / len(counts)
 
-    def _route(self, logits: Tensor, routing: Routing, num_valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        ids, weights = self._ops.route(logits, routing, num_valid)
+    def _route(self, logits: Tensor, routing: Routing, num_valid: Tensor | None) -> Routed:
+        routed = self._ops.route(logits, routing, num_valid)
         if self._routed is not None:
-            self._routed.append(ids)
-        return ids, weights
+            self._routed.append(routed.ids)
+        return routed
 
     def _synchronize(self) -> None:
         if self._is_cuda:

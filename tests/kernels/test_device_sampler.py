@@ -3,10 +3,12 @@
 from math import nan
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from coordinator.sampling import SamplingParams
@@ -47,7 +49,8 @@ params_of_a_row = st.fixed_dictionaries({}, optional={
     "min_p": st.sampled_from([0.0, 0.02, 0.5]), "repetition_penalty": st.sampled_from([1.0, 1.4]),
     "frequency_penalty": st.sampled_from([0.0, 0.3]), "presence_penalty": st.sampled_from([0.0, 0.9]), "input_penalty": st.booleans(),
     "exponential_decay_length_penalty": st.sampled_from([(1, 1.0), (0, 1.2), (2, 3.0)]), "min_new_tokens": st.sampled_from([1, 2, 5]),
-    "allowed_token_ids": st.sampled_from([(), (EOS,), (5, 96), (0, 3, 60, 61)])})
+    "allowed_token_ids": st.sampled_from([(), (EOS,), (5, 96), (0, 3, 60, 61)]),
+    "logit_bias": st.sampled_from([(), ((4, 2.5),), ((0, -100.0), (5, 100.0), (96, 0.5))]), "top_logprobs": st.sampled_from([0, 1, 20])})
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -61,8 +64,49 @@ def test_tokens_and_log_probabilities_are_those_of_the_cpu_sampler(device: torch
         expected_ids, expected_logprobs = expected_sampler.sample(logits.clone(), theirs)
         assert token_ids == expected_ids
         assert logprobs == pytest.approx(expected_logprobs, abs=2e-5)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert_same_tops(mine, other)
         advance(ours, token_ids)
         advance(theirs, token_ids)
+
+
+def assert_same_tops(ours: Sequence, theirs: Sequence) -> None:
+    assert len(ours.tops) == len(theirs.tops) == bool(ours.params.top_logprobs)
+    if ours.tops:
+        told, expected = ours.tops.popleft()(), theirs.tops.popleft()()
+        assert [logprob for _, logprob in told] == pytest.approx([logprob for _, logprob in expected], abs=2e-5)
+        assert {token_id for token_id, logprob in told if logprob > told[-1][1] + 1e-4} <= {token_id for token_id, _ in expected}
+
+
+class FixedGuide:
+    """Allows these tokens, always."""
+
+    is_finished = False
+
+    def __init__(self, *allowed: int) -> None:
+        words = np.zeros(-(-VOCAB // 32), dtype=np.uint32)
+        for token_id in allowed:
+            words[token_id // 32] |= np.uint32(1 << token_id % 32)
+        self._words = words.view(np.int32)
+
+    def mask(self) -> NDArray[np.int32]:
+        return self._words
+
+
+def test_guided_rows_are_masked_and_their_batch_mates_are_not(device: torch.device) -> None:
+    rows: list[dict[str, Any]] = [{"regular_constraint": "x"}, {}, {"regular_constraint": "x", "do_sample": True, "seed": 1, "top_p": 0.9},
+                                  {"regular_constraint": "x", "top_logprobs": 5, "frequency_penalty": 2.0}]
+    ours, theirs = ([make_sequence([1, 2], [5], **row) for row in rows] for _ in range(2))
+    for sequences in (ours, theirs):
+        for row, allowed in ((0, (31,)), (2, (0, 63, 64, 96)), (3, (5, 6))):
+            sequences[row].guide = FixedGuide(*allowed)  # type: ignore[assignment]
+    for seed in range(4):
+        logits = random_logits(4, seed=seed)
+        token_ids, logprobs = launch(make_sampler(device), logits, ours, device)
+        expected_ids, expected_logprobs = Sampler([EOS]).sample(logits.clone(), theirs)
+        assert token_ids == expected_ids and logprobs == pytest.approx(expected_logprobs, abs=2e-5)
+        assert (token_ids[0], logprobs[0]) == (31, 0.0) and token_ids[2] in (0, 63, 64, 96) and len(ours[3].tops[0]()) == 2
+        assert_same_tops(ours[3], theirs[3])
 
 
 COUNTED: list[dict[str, Any]] = [{"frequency_penalty": 1.0}, {"repetition_penalty": 1.5, "input_penalty": True}, {},
@@ -156,8 +200,11 @@ def test_a_launch_never_waits_for_the_device(device: torch.device) -> None:
     sampler = make_sampler(device, vocab_size=102_400)
     sampler.warm_up()
     logits = torch.randn(8, 102_400, device=device)
-    rows = [*COUNTED, {"do_sample": True, "top_p": 0.9, "seed": 1}, {"allowed_token_ids": (4, 5)}, {"min_new_tokens": 5}]
+    rows = [*COUNTED, {"do_sample": True, "top_p": 0.9, "seed": 1}, {"allowed_token_ids": (4, 5)}, {"min_new_tokens": 5},
+            {"logit_bias": ((3, 1.0), (9, -4.0)), "top_logprobs": 7, "regular_constraint": "x"}]
     sequences = [make_sequence([1, 2], [], **row) for row in rows]
+    sequences[-1].guide = FixedGuide(9)  # type: ignore[assignment]
+    sequences[-1].guide._words = np.full(-(-102_400 // 32), -1, dtype=np.int32)  # type: ignore[union-attr, attr-defined]
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):

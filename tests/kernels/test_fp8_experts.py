@@ -7,7 +7,7 @@ from torch import Tensor
 from kernels.align import align
 from kernels.block_fp8 import quantize
 from kernels.fp8_experts import CONFIGS as TABLE
-from kernels.fp8_experts import Config, Tile, config_for, fp8_experts, fp8_experts_reference, make_fp8_experts
+from kernels.fp8_experts import Config, Tile, config_for, fp8_experts, fp8_experts_reference
 
 # The interpreter's numpy warns when a whole column is NaN: slots without a row hold anything, here NaN.
 pytestmark = [pytest.mark.filterwarnings("ignore:All-NaN"), pytest.mark.filterwarnings("ignore:invalid value")]
@@ -103,7 +103,7 @@ def test_weights_that_do_not_fit_are_refused(device: torch.device) -> None:
 
 def test_no_tokens_give_nothing(device: torch.device) -> None:
     case = Case(0, device, torch.float16)
-    assert make_fp8_experts(case.gate_up, case.down)(case.x, case.ids, case.weights).shape == (0, 3, HIDDEN)
+    assert fp8_experts(case.x, case.gate_up, case.down, case.ids, case.weights).shape == (0, 3, HIDDEN)
 
 
 def test_the_table_has_a_config_for_every_step() -> None:

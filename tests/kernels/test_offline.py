@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
+# Registers and buffers are the compiler's choice: another version compiles these kernels too, and spills more.
+TUNED_WITH = "3.6."
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.skipif(not triton.__version__.startswith(TUNED_WITH), reason=f"kernels are tuned with Triton {TUNED_WITH}x")
 def test_kernels_compile_for_hopper_and_fit() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # interpreted: never compiled
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

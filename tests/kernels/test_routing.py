@@ -53,7 +53,8 @@ def test_experts_and_weights_are_those_of_the_reference(device: torch.device, ga
 @pytest.mark.parametrize(("gate", "num_experts", "biased", "num_valid"), [
     *((*GATES[0], num_valid) for num_valid in (None, 0, 5, 100)), (*GATES[1], 5), (*GATES[2], 4), (*GATES[3], None)])
 def test_routing_and_sorting_in_one_launch_equals_two(device: torch.device, gate: dict[str, Any], num_experts: int, biased: bool,
-                                                      num_valid: int | None) -> None:
+                                                      num_valid: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ONE_PROGRAM", 8_192)
     logits, bias = inputs(7, num_experts, biased, device)
     bound = None if num_valid is None else torch.tensor([num_valid], dtype=torch.int32, device=device)
     ids, weights = route(logits, bias, **gate, num_valid=bound)
@@ -92,6 +93,16 @@ def test_broken_logits_still_choose_distinct_experts(device: torch.device, gate:
     logits[2] = float("-inf")
     for row in route(logits, bias, **gate)[0].tolist():
         assert len(set(row)) == len(row) and all(0 <= expert < num_experts + 2 for expert in row)
+
+
+@pytest.mark.parametrize(("gate", "num_experts", "biased"), GATES)
+def test_logits_in_parts_are_added_in_their_order(device: torch.device, gate: dict[str, Any], num_experts: int, biased: bool) -> None:
+    parts = torch.stack([inputs(seed, num_experts, biased, device)[0][:3] for seed in (3, 4, 5)])
+    _, bias = inputs(3, num_experts, biased, device)
+    expected_ids, expected_weights = route(parts[0] + parts[1] + parts[2], bias, **gate)
+    num_valid = torch.tensor([3], dtype=torch.int32, device=device)
+    ids, weights = route(torch.nn.functional.pad(parts, (0, 0, 0, 2), value=float("nan")), bias, **gate, num_valid=num_valid)
+    assert torch.equal(ids[:3], expected_ids) and torch.equal(weights[:3], expected_weights) and (ids[3:] == -1).all()
 
 
 def test_the_lower_of_equal_experts_comes_first(device: torch.device) -> None:

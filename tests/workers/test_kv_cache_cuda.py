@@ -50,8 +50,9 @@ class Exporter:
     """Another process with a pool in which every number tells its place."""
 
     def __init__(self, model: Path) -> None:
+        path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen([sys.executable, "-c", EXPORTER, str(model), str(NUM_PAGES), str(PAGE_SIZE)], text=True,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.getcwd()})
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path})
         said: dict[str, Any] = json.loads(self._line())
         self.address, self.layout = said["address"], KVLayout(**said["layout"])
 

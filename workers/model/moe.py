@@ -21,19 +21,20 @@ class Moe:
         self._router = ops.make_router(weights.tensor(f"{prefix}.gate.weight", moe.num_experts, hidden_size, dtype=torch.float32))
         num_shared, rest = divmod(moe.shared_intermediate_size, moe.intermediate_size)
         is_fused = ops.has_shared_experts and not rest and (num_shared == 1 or not weights.keeps_fp8)
+        num_fused = num_shared if is_fused else 0
+        experts = ops.make_experts(*_stacked_experts(weights, prefix, hidden_size, moe, num_fused))
+        self._experts = experts.run
         self._routing = Routing(
             top_k=moe.num_experts_per_token, num_groups=moe.num_groups, groups_per_token=moe.num_groups_per_token,
             scaling_factor=moe.scaling_factor, normalize=moe.normalize_weights, bias=_bias(weights, prefix, moe),
-            num_shared=num_shared if is_fused else 0)
-        self._experts = ops.make_experts(*_stacked_experts(weights, prefix, hidden_size, moe, self._routing.num_shared))
+            num_shared=num_fused, block_m=experts.block_m)
         self._shared: GatedMlp | None = None
         if moe.shared_intermediate_size and not is_fused:
             self._shared = GatedMlp(weights, f"{prefix}.shared_experts", ops, hidden_size, moe.shared_intermediate_size)
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         """[T, D] -> [T, D], or [T, k, D] to be summed over k"""
-        ids, weights = self._route(self._router(x), self._routing, step.num_valid)
-        out = self._experts(x, ids, weights)
+        out = self._experts(x, self._route(self._router(x), self._routing, step.num_valid))
         if self._shared is not None:
             out += self._shared(x, step)
         return out
