@@ -29,16 +29,11 @@ class Config:
     num_stages: int = 1
 
 
-# By the weight's [N, K], the most rows of x that a config is for; beyond the last, and for other weights, the vendor's product is faster.
+# By the weight's [N, K], the most rows of x that a config is for; beyond the last, and for other weights, the vendor's product is taken.
+# Only what `bench.tune` has shown to be faster on a GPU belongs here: nothing yet.
 Table = tuple[tuple[int, Config], ...]
-TILES = Config(block_n=16, num_warps=2, block_k=256, num_stages=4)
-TABLES: dict[tuple[int, int], Table] = {
-    (3648, 2048): ((4, Config(block_n=1, num_warps=1)), (16, TILES)),
-    (2048, 2048): ((4, Config(block_n=1, num_warps=1)), (16, TILES)),
-    (21888, 2048): ((4, Config(block_n=2, num_warps=1)), (16, TILES)),
-    (2048, 10944): ((4, Config(block_n=1, num_warps=8)), (16, TILES)),
-    (102400, 2048): ((4, Config(block_n=2, num_warps=1)), (16, TILES)),
-}
+ROWS, TILES = Config(block_n=1, num_warps=1), Config(block_n=16, num_warps=2, block_k=256, num_stages=4)
+TABLES: dict[tuple[int, int], Table] = {}
 
 
 def table_for(weight: Tensor) -> Table:

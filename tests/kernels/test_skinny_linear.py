@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.skinny_linear import MOST_TOKENS, TABLES, Config, config_for, skinny_linear, skinny_linear_reference
+from kernels.skinny_linear import MOST_TOKENS, ROWS, TABLES, TILES, Config, config_for, skinny_linear, skinny_linear_reference
 
 CONFIGS = {
     "rows": Config(block_n=2, num_warps=1),
@@ -42,7 +42,7 @@ def test_a_row_is_the_same_bits_alone_and_in_a_batch(device: torch.device, confi
 
 
 def test_tables_cover_steps_in_ascending_order() -> None:
-    for table in TABLES.values():
+    for table in (((4, ROWS), (16, TILES)), *TABLES.values()):
         limits = [most for most, _ in table]
         assert limits == sorted(limits) and limits[-1] <= MOST_TOKENS
         assert config_for(1, table) is table[0][1] and config_for(limits[-1] + 1, table) is None
@@ -58,10 +58,12 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", TABLES)
-def test_the_models_products_come_from_the_table_and_beyond_it_from_the_library(device: torch.device, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shape", [(3648, 2048), (2048, 2048), (2048, 10944)])
+def test_the_models_products_come_from_the_table_and_beyond_it_from_the_library(device: torch.device, shape: tuple[int, int],
+                                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     from kernels.cuda import make_head, make_linear
 
+    monkeypatch.setitem(TABLES, shape, ((4, ROWS), (16, TILES)))
     weight = torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.02
     for num_tokens in (1, 3, 4, 5, 16, 17):
         x = torch.randn(num_tokens, shape[1], device=device, dtype=torch.bfloat16)
