@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 MODEL := models/smollm2-135m-instruct
 PORT ?= 8088
 
-.PHONY: serve test test-gpu test-chaos lint bench clean help
+.PHONY: serve test test-api test-gpu test-chaos lint bench clean help
 
 help:
 	@echo "make serve       the whole farm on this machine, with the demo model, on port $(PORT)"
 	@echo "make test        linters, type checks and the test suite"
 	@echo "make bench       figures of the farm on this machine, to bench/results/"
 	@echo "make test-chaos  the long fault-injection suite"
+	@echo "make test-api    other people's clients, and a fuzzer on the HTTP schema"
 	@echo "make test-gpu    kernels and engine on the GPU of this machine"
 
 # torch goes first and by pip: on a CPU machine that keeps CUDA out, on a GPU machine the same pin brings it in.
@@ -45,6 +46,11 @@ test: $(VENV)/.dev lint $(MODEL)/config.json
 
 test-chaos: $(VENV)/.dev $(MODEL)/config.json
 	$(BIN)/python -m pytest tests -m chaos
+
+test-api: $(VENV)/.dev $(MODEL)/config.json
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,clients]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/clients
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/system/test_api_schema.py -m chaos --timeout 1600
 
 # Kernels compile for the GPU that is there; without one the target fails.
 test-gpu: $(VENV)/.dev

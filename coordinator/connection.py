@@ -209,11 +209,15 @@ class Connection:
         except (nats.errors.OutboundBufferLimitError, nats.errors.ConnectionClosedError, nats.errors.ConnectionDrainingError) as error:
             raise Unavailable(f"cannot send to {subject}: {error}") from None
 
-    async def subscribe(self, subject: str, callback: Callback, *, on_gap: Callable[[], None] | None = None) -> Subscription:
-        """Messages one after another to `callback`, plain or async. `on_gap` is told when some may have been missed."""
+    async def subscribe(self, subject: str, callback: Callback, *, queue: str = "",
+                        on_gap: Callable[[], None] | None = None) -> Subscription:
+        """Messages one after another to `callback`, plain or async. `on_gap` is told when some may have been missed.
+
+        Of the subscribers that name the same `queue` one gets each message.
+        """
         self._check_open()
         subscription = Subscription(self, subject, callback, on_gap)
-        subscription.attach(await self._client.subscribe(subject, cb=subscription.handle))
+        subscription.attach(await self._client.subscribe(subject, queue=queue, cb=subscription.handle))
         self._subscriptions.add(subscription)
         return subscription
 

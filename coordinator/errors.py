@@ -6,6 +6,7 @@
     ├── UnknownJob            no job of this id is queued, running or remembered
     ├── QueueFull             the job's class is at its bound; retry later (retry_after_s)
     ├── PayloadTooLarge       a message or a body over its limit (size, limit)
+    ├── ReadElsewhere         a newer reader follows this job: the older one ends (job_id)
     ├── Unavailable           NATS or Redis cannot be reached in time
     ├── Fenced                another worker took over: this incarnation must stop (subject)
     ├── LayoutMismatch        a KV handle was made by a worker with another model or cache layout
@@ -60,6 +61,14 @@ class PayloadTooLarge(TokenmillError):
 
 class Unavailable(TokenmillError):
     """NATS or Redis did not answer in time; the state of the request is unknown or unchanged."""
+
+
+class ReadElsewhere(TokenmillError):
+    """Somebody else began to read a job that was being read: the newest reader gets it."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"job {job_id} is read by another request now: ask again")
+        self.job_id = job_id
 
 
 class Fenced(TokenmillError):

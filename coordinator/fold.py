@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from coordinator.messages import FinalRecord, Finish, Job, TokenRun, pack_floats, pack_ids
+from coordinator.messages import FinalRecord, Finish, Job, TokenRun, TopLogprobs, pack_floats, pack_ids, pack_tops
 from coordinator.subjects import chain_parts
 
 
@@ -14,6 +14,7 @@ class Shown:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)   # empty unless the job asked for them
     emitters: list[str] = field(default_factory=list)
     finish: Finish | None = None
     epoch: int = 0
@@ -30,6 +31,7 @@ class Shown:
         self.token_ids += run.token_ids[start:]
         self.logprobs += run.logprobs[start:]
         self.texts += run.texts[start:]
+        self.top_logprobs += run.top_logprobs[start:]
         self.epoch = max(self.epoch, run.epoch)
         if run.finish is not None and self.finish is None:
             self.finish = run.finish
@@ -41,7 +43,8 @@ class Shown:
         return FinalRecord(
             job_id=job.job_id, origin=job.origin, model=job.model, reason=self.finish.reason, error=self.finish.error, epoch=self.epoch,
             prompt_tokens=self.finish.prompt_tokens, cached_tokens=self.finish.cached_tokens, token_ids=pack_ids(self.token_ids),
-            logprobs=pack_floats(self.logprobs), texts=tuple(self.texts), workers=tuple(self.emitters))
+            logprobs=pack_floats(self.logprobs), texts=tuple(self.texts), workers=tuple(self.emitters),
+            top_logprobs=pack_tops(self.top_logprobs))
 
 
 def fold(runs: Iterable[tuple[str, TokenRun]]) -> Shown:

@@ -72,6 +72,19 @@ def unpack_floats(packed: bytes) -> list[float]:
     return values.tolist()
 
 
+TopLogprobs = tuple[tuple[int, float], ...]  # of one output token: (token id, log probability) of the likeliest tokens, likeliest first
+PackedTops = tuple[tuple[bytes, bytes], ...]  # of consecutive output tokens: (packed ids, packed log probabilities)
+
+
+def pack_tops(tops: Iterable[TopLogprobs]) -> PackedTops:
+    return tuple((pack_ids(token_id for token_id, _ in top), pack_floats(logprob for _, logprob in top)) for top in tops)
+
+
+def unpack_tops(packed: Iterable[Iterable[bytes]]) -> tuple[TopLogprobs, ...]:
+    """Raises MalformedMessage, or ValueError and TypeError for what has another shape."""
+    return tuple(tuple(zip(unpack_ids(ids), unpack_floats(logprobs), strict=True)) for ids, logprobs in packed)
+
+
 def _refuse_extension(code: int, data: bytes) -> Any:
     raise MalformedMessage(f"msgpack extension type {code} is not allowed")
 
@@ -220,30 +233,35 @@ class TokenRun:
     logprobs: tuple[float, ...]
     texts: tuple[str, ...]
     finish: Finish | None = None
+    top_logprobs: tuple[TopLogprobs, ...] = ()
 
     def to_wire(self) -> list[Any]:
         wire = [self.job_id, self.epoch, self.first_index, pack_ids(self.token_ids), pack_floats(self.logprobs), list(self.texts)]
         if self.finish is not None:
             f = self.finish
             wire.append([f.reason, f.prompt_tokens, f.cached_tokens, f.error])
+        if self.top_logprobs:
+            wire += [pack_tops(self.top_logprobs)] if self.finish is not None else [None, pack_tops(self.top_logprobs)]
         return wire
 
     @classmethod
     def from_wire(cls, wire: Any) -> "TokenRun":
         try:
             job_id, epoch, first, ids, logprobs, texts, *last = wire
-            finish = None
-            if last:
+            finish, tops = None, last[1] if len(last) == 2 else ()
+            if len(last) > 2:
+                raise MalformedMessage(f"a token run of {len(wire)} fields")
+            if last and last[0] is not None:
                 reason, prompt_tokens, cached_tokens, error = last[0]
                 if reason not in ("stop", "length", "cancelled", "expired", "error"):
                     raise MalformedMessage(f"finish reason {reason!r:.40}")
                 finish = Finish(reason=reason, prompt_tokens=int(prompt_tokens), cached_tokens=int(cached_tokens), error=str(error))
             run = cls(job_id=job_id, epoch=epoch, first_index=first, token_ids=tuple(unpack_ids(ids)),
-                      logprobs=tuple(unpack_floats(logprobs)), texts=tuple(texts), finish=finish)
+                      logprobs=tuple(unpack_floats(logprobs)), texts=tuple(texts), finish=finish, top_logprobs=unpack_tops(tops))
         except (TypeError, ValueError) as error:
             raise MalformedMessage(f"token run: {error}"[:200]) from None
         if not (isinstance(job_id, str) and isinstance(epoch, int) and isinstance(first, int) and all(isinstance(t, str) for t in run.texts)
-                and len(run.token_ids) == len(run.logprobs) == len(run.texts)):
+                and len(run.token_ids) == len(run.logprobs) == len(run.texts) and len(run.top_logprobs) in (0, len(run.token_ids))):
             raise MalformedMessage("token run: fields of wrong types or unequal lengths")
         return run
 
@@ -321,9 +339,10 @@ class KVHandle:
     chains: tuple[str, ...]       # owners ("worker.incarnation") whose chains may hold frames of this job
     emitters: tuple[str, ...]     # owners that emitted the tokens so far, in token order
     lease_expires_ms: int
+    top_logprobs: PackedTops = ()  # of the tokens shown so far, if the job asked for them; else absent on the wire
 
     def encode(self) -> bytes:
-        return encode_map(_HANDLE.dump_python(self, mode="python"))
+        return encode_map(_without_empty_tops(_HANDLE.dump_python(self, mode="python")))
 
     @classmethod
     def decode(cls, data: bytes) -> "KVHandle":
@@ -351,13 +370,14 @@ class FinalRecord:
     logprobs: bytes           # packed f32
     texts: tuple[str, ...]    # one per token; joined they are the text
     workers: tuple[str, ...]  # "worker.incarnation" of each chain that emitted, in token order
+    top_logprobs: PackedTops = ()  # one per token if the job asked for them; else absent on the wire
 
     @property
     def text(self) -> str:
         return "".join(self.texts)
 
     def encode(self) -> bytes:
-        return encode_map(_FINAL.dump_python(self, mode="python"))
+        return encode_map(_without_empty_tops(_FINAL.dump_python(self, mode="python")))
 
     @classmethod
     def decode(cls, data: bytes) -> "FinalRecord":
@@ -381,6 +401,13 @@ class DeadLetter:
     @classmethod
     def decode(cls, data: bytes) -> "DeadLetter":
         return _validate(_DEAD, decode_map(data))  # type: ignore[no-any-return]
+
+
+def _without_empty_tops(body: dict[str, Any]) -> dict[str, Any]:
+    """Readers from before they existed know the rest."""
+    if not body["top_logprobs"]:
+        del body["top_logprobs"]
+    return body
 
 
 def _adapter(cls: Any) -> TypeAdapter[Any]:

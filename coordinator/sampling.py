@@ -1,9 +1,11 @@
 """Sampling parameters: LightLLM's names, defaults and ranges, checked the same way for REST, NATS and batch."""
 
+import json
 from dataclasses import dataclass, field, fields
 from math import isfinite
 from typing import Any
 
+from coordinator import json_schema
 from coordinator.errors import InvalidField
 
 MAX_STOP_SEQUENCES = 10
@@ -12,7 +14,12 @@ MAX_STOP_CHARS = 1024
 MAX_ALLOWED_TOKEN_IDS = 256
 MAX_N = 8
 GREEDY_TEMPERATURE = 1e-5  # below this LightLLM decodes greedily
-NOT_YET = ("regular_constraint", "guided_grammar", "guided_json")
+MAX_LOGIT_BIAS = 1024
+MAX_ABS_BIAS = 100.0
+MAX_TOP_LOGPROBS = 20
+MAX_CONSTRAINT_CHARS = 64 * 1024
+MAX_NESTING = 64  # of brackets in a grammar or an expression
+CONSTRAINTS = ("guided_json", "guided_grammar", "regular_constraint")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +28,9 @@ class SamplingParams:
 
     `seed` is 64-bit unsigned; a producer fills it in when the user gave none, so that a resumed job draws the same numbers.
     `stop_sequences` holds strings (matched on text, across token borders) and tuples of token ids (matched on tokens).
+    `logit_bias` holds (token id, what is added to its logit after penalties); `top_logprobs` is how many of the likeliest tokens are told
+    with each output token. At most one constraint holds the answer to a JSON schema (`guided_json`, its text; `{}`: any object), a grammar
+    in GBNF (`guided_grammar`) or a regular expression (`regular_constraint`); it also decides where the answer may end.
     """
 
     best_of: int = 1
@@ -45,6 +55,20 @@ class SamplingParams:
     print_eos_token: bool = False
     input_penalty: bool = False
     seed: int | None = field(default=None)
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int = 0
+    guided_json: str = ""
+    guided_grammar: str = ""
+    regular_constraint: str = ""
+
+    @property
+    def constraint(self) -> tuple[str, str] | None:
+        """(field, text) of the constraint given, or None."""
+        return next(((name, text) for name in CONSTRAINTS if (text := getattr(self, name))), None)
+
+    @property
+    def is_guided(self) -> bool:
+        return bool(self.guided_json or self.guided_grammar or self.regular_constraint)
 
     @property
     def is_greedy(self) -> bool:
@@ -81,10 +105,6 @@ class SamplingParams:
             raise InvalidField("parameters", f"must be an object, not {type(given).__name__}")
         values: dict[str, Any] = {name: getattr(defaults, name) for name in DEFAULTS} if defaults else {}
         for name, value in given.items():
-            if name in NOT_YET:
-                if value in (None, ""):
-                    continue
-                raise InvalidField(str(name), "constrained decoding is not supported by this version")
             if name not in DEFAULTS:
                 raise InvalidField(str(name), "unknown parameter")
             if value is None:
@@ -105,6 +125,18 @@ def _check_together(p: SamplingParams) -> None:
         raise InvalidField("n", f"must equal best_of ({p.best_of}), got {p.n}")
     if p.min_new_tokens > p.max_new_tokens:
         raise InvalidField("min_new_tokens", f"must be at most max_new_tokens ({p.max_new_tokens}), got {p.min_new_tokens}")
+    if p.is_guided:
+        _check_guided(p)
+
+
+def _check_guided(p: SamplingParams) -> None:
+    given = [name for name in CONSTRAINTS if getattr(p, name)]
+    if len(given) > 1:
+        raise InvalidField(given[1], f"cannot be combined with {given[0]}")
+    clashes = {"allowed_token_ids": bool(p.allowed_token_ids), "ignore_eos": p.ignore_eos, "min_new_tokens": p.min_new_tokens > 1}
+    for name, is_given in clashes.items():
+        if is_given:
+            raise InvalidField(name, f"cannot be combined with {given[0]}, which decides what may be said and where it ends")
 
 
 def _integer(low: int, high: int | None = None) -> Any:
@@ -179,6 +211,42 @@ def _stop_sequences(name: str, value: Any) -> tuple[str | tuple[int, ...], ...]:
     return tuple(stops)
 
 
+def _logit_bias(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    """From {token id: bias}, where ids may be strings as in JSON, or a list of pairs."""
+    pairs = list(value.items()) if isinstance(value, dict) else value
+    if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise InvalidField(name, "must map token ids to biases")
+    if len(pairs) > MAX_LOGIT_BIAS:
+        raise InvalidField(name, f"must hold at most {MAX_LOGIT_BIAS} tokens, got {len(pairs)}")
+    ids = [int(token) if isinstance(token, str) and token.isdecimal() and len(token) < 11 else token for token, _ in pairs]
+    _token_ids(MAX_LOGIT_BIAS)(name, ids)
+    if len(set(ids)) != len(ids):
+        raise InvalidField(name, "names a token twice")
+    return tuple(sorted((token, _number(-MAX_ABS_BIAS, MAX_ABS_BIAS)(name, bias)) for token, (_, bias) in zip(ids, pairs, strict=True)))
+
+
+def _constraint(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise InvalidField(name, f"must be a string, got {type(value).__name__}")
+    if len(value) > MAX_CONSTRAINT_CHARS:
+        raise InvalidField(name, f"has at most {MAX_CONSTRAINT_CHARS} characters, got {len(value)}")
+    depth = deepest = 0
+    for char in value:
+        depth += (char in "([{") - (char in ")]}")
+        deepest = max(deepest, depth)
+    if deepest > MAX_NESTING and name != "guided_json":
+        raise InvalidField(name, f"has brackets nested deeper than {MAX_NESTING}")
+    return value
+
+
+def _guided_json(name: str, value: Any) -> str:
+    """Text as it is given; a schema that comes as an object becomes text."""
+    text = _constraint(name, json.dumps(value) if isinstance(value, dict) else value)
+    if text:
+        json_schema.checked(text)
+    return text
+
+
 _CHECKS: dict[str, Any] = {
     "best_of": _integer(1, MAX_N),
     "n": _integer(1, MAX_N),
@@ -202,5 +270,10 @@ _CHECKS: dict[str, Any] = {
     "print_eos_token": _flag,
     "input_penalty": _flag,
     "seed": _integer(0, 2**64 - 1),
+    "logit_bias": _logit_bias,
+    "top_logprobs": _integer(0, MAX_TOP_LOGPROBS),
+    "guided_json": _guided_json,
+    "guided_grammar": _constraint,
+    "regular_constraint": _constraint,
 }
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(SamplingParams)}

@@ -115,7 +115,7 @@ def _servers(flags: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[st
         return flags.nats_url, flags.redis_url
     if flags.run_mode in ("prefill", "decode"):
         return _ask_master(flags.pd_master_ip, flags.pd_master_port)
-    state_dir = Path(flags.state_dir or f"state/{flags.run_mode}-{flags.port}")
+    state_dir = _state_dir(flags)
 
     def restart(name: str, status: int) -> None:
         print(f"{name} ended with status {status}: started again", file=sys.stderr, flush=True)
@@ -124,6 +124,10 @@ def _servers(flags: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[st
     services = EmbeddedServices(state_dir, flags.nats_port, flags.redis_port, on_exit=restart)
     stack.enter_context(services)
     return services.nats_url, services.redis_url
+
+
+def _state_dir(flags: argparse.Namespace) -> Path:
+    return Path(flags.state_dir or f"state/{flags.run_mode}-{flags.port}")
 
 
 def _ask_master(host: str, port: int) -> tuple[str, str]:
@@ -186,6 +190,7 @@ def _start_children(flags: argparse.Namespace, nats_url: str, redis_url: str, po
             *common, "--host", flags.host, "--port", str(port), "--max_body_bytes", str(flags.max_body_bytes),
             "--max_queued_tokens", str(flags.max_queued_tokens), "--max_tenant_jobs", str(flags.max_tenant_jobs),
             "--max_tenant_tokens", str(flags.max_tenant_tokens), "--api_keys_file", flags.api_keys_file,
+            "--files_dir", flags.files_dir or str(_state_dir(flags) / "files"),
             "--cors_origins", flags.cors_origins, *(["--insecure"] if flags.insecure else [])]))
     if flags.run_mode in ("normal", "prefill", "decode"):
         role = "both" if flags.run_mode == "normal" else flags.run_mode

@@ -44,12 +44,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
     add("--port", type=int, default=8000, help="REST port; 0 picks a free one (default: %(default)s)")
     add("--state_dir", default="", help="where the queue and Redis keep their data (default: ./state/<run mode and port>)")
+    add("--files_dir", default="", help="where uploaded files and batches are kept; the same folder for all REST shims of a farm (default: "
+        "`files` in the state_dir)")
     add("--nats_url", default="", help="use this NATS instead of an embedded one")
     add("--redis_url", default="", help="use this Redis or Valkey instead of an embedded one")
     add("--nats_port", type=int, default=0, help="port of the embedded NATS; 0 picks a free one")
     add("--redis_port", type=int, default=0, help="port of the embedded Valkey; 0 picks a free one")
     add("--insecure", action="store_true", help="allow a bind address that is not loopback, without keys or TLS")
-    add("--api_keys_file", default="", help="ask REST clients for a key of this file (tokenmill keys create); needed unless --host is loopback")
+    add("--api_keys_file", default="", help="REST wants a key of this file (tokenmill keys create); needed unless --host is loopback")
     add("--cors_origins", default="", help="origins whose web pages may ask here, separated by commas, or * (default: none)")
 
     add = parser.add_argument_group("engine").add_argument

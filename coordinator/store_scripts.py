@@ -3,6 +3,7 @@
 Every script gets KEYS {meta, leases, …} and ARGV {lease in ms, …}; the comment above each names the rest.
 """
 
+from coordinator.answer_scripts import ANSWER_SCRIPTS
 from coordinator.batch_scripts import BATCH_SCRIPTS
 
 # Head of every script: the server's clock, and the era. Another server process (restart, failover, restore) or missing meta data means
@@ -156,7 +157,8 @@ return epoch
 """
 
 # KEYS: .. open load tenants job. ARGV: lease_ms job class tokens tenant max_class_tokens max_tenant_jobs max_tenant_tokens (0: none)
-#   origin prompt_tokens ttl is_named max_tenant_tokens_per_minute. The job's record gets what a reader at another shim needs; without an era it is missing for claims.
+#   origin prompt_tokens ttl is_named max_tenant_tokens_per_minute.
+# The job's record gets what a reader at another shim needs; without an era it is missing for claims.
 # Open work is what was admitted and has no final record. Above half of a class' bound, no tenant may hold more than its share.
 _ADMIT = """
 local id, klass, tokens, tenant = ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
@@ -349,5 +351,5 @@ SCRIPTS = {
     "take_back": _TAKE_BACK, "finish": _FINISH, "give_up": _GIVE_UP, "try": _TRY, "admit": _ADMIT, "reader": _READER, "stale": _STALE,
     "discharge": _DISCHARGE, "assert": _ASSERT, "retire": _RETIRE, "orphans": _ORPHANS,
     "bury": _BURY, "lead": _LEAD, "cancel": _CANCEL, "view": _VIEW,
-    **BATCH_SCRIPTS,
+    **BATCH_SCRIPTS, **ANSWER_SCRIPTS,
 }

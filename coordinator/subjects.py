@@ -85,5 +85,10 @@ def cancel(job_id: str) -> str:
     return f"cancel.{job_id}"
 
 
+def ask(model: str) -> str:
+    """Requests for one whole answer; the shims take them in turn."""
+    return f"ask.{model}"
+
+
 def kv(worker: str, incarnation: int) -> str:
     return f"kv.{worker}.{incarnation}"

@@ -24,21 +24,24 @@ class Admission:
         """Parameters as a user wrote them, over the model's own defaults. Token ids in them must exist."""
         params = SamplingParams.parse(given, self.defaults)
         for run in params.stop_token_runs:
-            self._check_ids("stop_sequences", run)
-        self._check_ids("allowed_token_ids", params.allowed_token_ids)
+            self.check_ids("stop_sequences", run)
+        self.check_ids("allowed_token_ids", params.allowed_token_ids)
         return params
 
     async def prompt(self, inputs: Any, params: SamplingParams, *, field: str = "inputs") -> tuple[int, ...]:
         """Token ids of a prompt given as text or as ids, within all limits."""
         prompt_ids = await self.encode(inputs, params, field=field)
-        num_tokens, limit = len(prompt_ids), self.max_req_total_len
+        self.check_length(len(prompt_ids), params, field=field)
+        return prompt_ids
+
+    def check_length(self, num_tokens: int, params: SamplingParams, *, field: str) -> None:
+        limit = self.max_req_total_len
         if num_tokens >= limit:
             raise InvalidField(field, f"prompt of {num_tokens} tokens leaves no room for output: the limit is {limit} "
                                       "(--max_req_total_len, or the model's positions)")
         if num_tokens + params.max_new_tokens > limit:
             raise InvalidField("max_new_tokens", f"prompt of {num_tokens} tokens and max_new_tokens {params.max_new_tokens} are over "
                                                  f"{limit} (--max_req_total_len, or the model's positions): at most {limit - num_tokens}")
-        return prompt_ids
 
     async def encode(self, inputs: Any, params: SamplingParams, *, field: str = "inputs") -> tuple[int, ...]:
         if not isinstance(inputs, str | list):
@@ -46,7 +49,7 @@ class Admission:
         if not inputs:
             raise InvalidField(field, "must not be empty")
         if isinstance(inputs, list):
-            self._check_ids(field, inputs)
+            self.check_ids(field, inputs)
             return tuple(inputs)
         if len(inputs) < LONG_TEXT_CHARS:
             prompt_ids = self.tokenizer.encode(inputs, params.add_special_tokens)
@@ -56,7 +59,7 @@ class Admission:
             raise InvalidField(field, "has no tokens")
         return tuple(prompt_ids)
 
-    def _check_ids(self, field: str, ids: Any) -> None:
+    def check_ids(self, field: str, ids: Any) -> None:
         vocab_size = self.tokenizer.vocab_size
         for token_id in ids:
             if type(token_id) is not int:

@@ -1,4 +1,4 @@
-"""API keys at rest: one JSON file with the SHA-256 of each key, whose it is and what it may do. A key itself is shown once, when it is made.
+"""API keys at rest: one JSON file with the SHA-256 of each key, whose it is and what it may do. The key is shown once, when it is made.
 
     {"keys": [{"key_id": "3f2a9c01", "sha256": "…", "name": "ci", "tenant": "ci", "klass": "normal", "max_jobs": 8, …}]}
 

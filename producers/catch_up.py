@@ -15,7 +15,7 @@ from typing import Protocol
 from coordinator import subjects
 from coordinator.bus import Bus
 from coordinator.errors import TokenmillError
-from coordinator.messages import FinalRecord, Finish, Job, TokenRun, unpack_floats, unpack_ids
+from coordinator.messages import FinalRecord, Finish, Job, TokenRun, unpack_floats, unpack_ids, unpack_tops
 from producers.job_stream import JobStream
 
 log = logging.getLogger(__name__)
@@ -157,4 +157,5 @@ def as_run(record: FinalRecord) -> TokenRun:
     """A final record as one run, from the first token to the end."""
     finish = Finish(reason=record.reason, prompt_tokens=record.prompt_tokens, cached_tokens=record.cached_tokens, error=record.error)
     return TokenRun(job_id=record.job_id, epoch=record.epoch, first_index=0, token_ids=tuple(unpack_ids(record.token_ids)),
-                    logprobs=tuple(unpack_floats(record.logprobs)), texts=record.texts, finish=finish)
+                    logprobs=tuple(unpack_floats(record.logprobs)), texts=record.texts, finish=finish,
+                    top_logprobs=unpack_tops(record.top_logprobs))

@@ -10,10 +10,10 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from coordinator import subjects
 from coordinator.bus import Bus, Message, Subscription
@@ -30,7 +30,7 @@ from coordinator.messages import (
 from coordinator.sampling import SamplingParams
 from coordinator.store import AdmissionLimits, Admitted, Store
 from producers.catch_up import CatchUp
-from producers.job_handle import JobHandle, JobResult, Token
+from producers.job_handle import JobHandle, JobResult, Timing, Token, as_result
 from producers.open_work import LimitsOf, OpenWork
 
 __all__ = ["JobHandle", "JobResult", "Token", "TokenmillClient"]
@@ -39,7 +39,15 @@ log = logging.getLogger(__name__)
 
 SUBMIT_TIMEOUT_S = 5.0
 MAX_BUSY_S = 0.005
+LOOK_AGAIN_S = 5.0         # for a final record whose announcement may have been lost
 FULL_S = 0.05              # a queue that was full is taken to be full for so long: refusing costs nothing then
+
+
+class JobObserver(Protocol):
+    """Told of every job that is submitted by one client, and of its end as it is read there."""
+
+    def submitted(self) -> None: ...
+    def ended(self, handle: JobHandle) -> None: ...
 
 
 class TokenmillClient:
@@ -52,6 +60,7 @@ class TokenmillClient:
         self.store = store
         self.model = subjects.model_token(model)
         self.origin = check_id("origin", origin)
+        self.observer: JobObserver | None = None
         self._yielded_s = 0.0
         self._open_work = OpenWork(store, limits or AdmissionLimits(), limits_of) if store is not None else None
         self._live: Subscription | None = None
@@ -127,6 +136,11 @@ class TokenmillClient:
         """Jobs whose answer is being read."""
         return len(self._open)
 
+    @property
+    def open_work(self) -> OpenWork | None:
+        """Where jobs are counted in that are published beside `submit` (batches)."""
+        return self._open_work
+
     async def submit(self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, klass: JobClass = "normal",
                      timeout_s: float | None = None, job_id: str | None = None, tenant: str = "", traceparent: str = "") -> JobHandle:
         """Queue one job. When this returns the job is stored and will end, whatever dies.
@@ -157,6 +171,7 @@ class TokenmillClient:
             return await self._submit_again(job)
         # Frames of a new job come after all that were seen until now; a job submitted again may have some anywhere.
         handle = self._open[job.job_id] = JobHandle(self, job, self.catch_up.last_seq if job_id is None else 0)
+        handle.timing = Timing(time.monotonic())
         try:
             await self.bus.publish_job(job, deadline_s=self.submit_timeout_s)
         except Unavailable:
@@ -172,6 +187,8 @@ class TokenmillClient:
             if self._open_work is not None:
                 self._open_work.count_out(job.job_id)
             raise
+        if self.observer is not None:
+            self.observer.submitted()
         if job_id is not None:
             self.catch_up.want(handle.job_id)
         return handle
@@ -184,13 +201,68 @@ class TokenmillClient:
             await self.bus.publish_job(replace(job, origin=known.get("origin", job.origin)), deadline_s=self.submit_timeout_s)
         return await self.follow(job.job_id)
 
-    async def follow(self, job_id: str) -> JobHandle:
+    async def resume(self, job_id: str, next_index: int = 0, *, origin: str = "") -> JobHandle:
+        """Read on where a reader stopped, in this process or in one that is gone: its `stream` begins with token `next_index`.
+
+        Without Redis name the `origin` that the job was submitted under. Raises as `follow` does.
+        """
+        handle = await self.follow(job_id, origin=origin)
+        handle.next_index = next_index
+        return handle
+
+    async def stream(self, job_id: str, next_index: int = 0) -> AsyncIterator[Token]:
+        """The tokens of a job by its id. Leaving the loop does not cancel the job. Raises as `resume` and JobHandle.stream do."""
+        handle = await self.resume(job_id, next_index)
+        try:
+            async for token in handle.stream():
+                yield token
+        finally:
+            handle.close()
+
+    async def result(self, job_id: str, timeout_s: float | None = None) -> JobResult:
+        """The whole answer of a job by its id, when it is over. Raises as `await_record` does."""
+        return as_result(await self.await_record(job_id, timeout_s))
+
+    async def await_record(self, job_id: str, timeout_s: float | None = None) -> FinalRecord:
+        """Wait for the end of a job, whoever submitted it. Who reads its tokens meanwhile is not disturbed.
+
+        Raises UnknownJob (never without Redis: it waits), Unavailable (time is over).
+        """
+        arrived: asyncio.Future[FinalRecord] = asyncio.get_running_loop().create_future()
+        look_again = asyncio.Event()
+
+        def take(message: Message) -> None:
+            if not arrived.done():
+                arrived.set_result(FinalRecord.decode(message.data))
+            look_again.set()
+
+        subject = subjects.result(check_id("job_id", job_id))
+        subscription = await self.bus.subscribe(subject, take, on_gap=look_again.set)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not arrived.done():
+                    look_again.clear()
+                    if (record := await self.bus.get_result(job_id)) is not None:
+                        return record
+                    if self.store is not None and job_id not in self._open:
+                        await self._look_up(job_id)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(LOOK_AGAIN_S):
+                            await look_again.wait()
+                return arrived.result()
+        except TimeoutError:
+            raise Unavailable(f"job {job_id} is not over within {timeout_s:g} s") from None
+        finally:
+            await subscription.close()
+
+    async def follow(self, job_id: str, *, origin: str = "") -> JobHandle:
         """Read a job from its first token, whoever submitted it. A handle that is open on it in this client closes: the newest reads.
 
-        Raises UnknownJob, Unavailable.
+        `origin`, if known, saves the look-up. Raises UnknownJob, Unavailable.
         """
         check_id("job_id", job_id)
-        known = {"origin": self.origin} if job_id in self._open else await self._look_up(job_id)
+        origin = origin or (self.origin if job_id in self._open else "")
+        known = {"origin": check_id("origin", origin)} if origin else await self._look_up(job_id)
         origin = known["origin"]
         if self.store is not None:
             await self.store.note_reader(job_id, uuid.uuid4().hex)
@@ -270,6 +342,8 @@ class TokenmillClient:
         handle.push(run, seq)
         if handle.finish is not None:
             self.forget(handle)
+            if self.observer is not None:
+                self.observer.ended(handle)
         elif handle.tokens.is_behind and handle.tokens.has_room:
             self.catch_up.want(job_id)
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from coordinator.errors import JobFailed, Unavailable
+from coordinator.errors import JobFailed, ReadElsewhere, Unavailable
 from coordinator.messages import Finish, TokenRun
 from producers.http_errors import error_response
 from producers.job_handle import JobHandle
@@ -40,8 +40,7 @@ class EventStream(Response):
                 await self._send(send, b"".join(map(self._encode, runs)))
             if handle.finish is None:
                 if handle.is_superseded and not self._num_sent:
-                    taken_over = Unavailable(f"job {handle.job_id} is read by another request now: ask again")
-                    await error_response(taken_over)(scope, receive, send)
+                    await error_response(ReadElsewhere(handle.job_id))(scope, receive, send)
                 return  # the client has gone, or somebody else reads on
             if not self._num_sent and handle.finish.reason not in ("stop", "length"):
                 failed = JobFailed(handle.job_id, handle.finish.reason, handle.finish.error)

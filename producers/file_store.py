@@ -19,6 +19,10 @@ CHUNK_BYTES = 256 * 1024
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 
 
+class NoBlob(KeyError):
+    """There is no blob of this name."""
+
+
 class FileStore(Protocol):
     """Names are letters, digits, `-`, `_` and `.`; anything else raises InvalidField, so no name leads out of the store."""
 
@@ -29,7 +33,7 @@ class FileStore(Protocol):
         """None when there is no such blob."""
 
     def get(self, name: str) -> AsyncIterator[bytes]:
-        """A blob in chunks. Raises KeyError when there is none."""
+        """A blob in chunks. Raises NoBlob."""
 
     async def names(self, prefix: str) -> list[str]:
         """Sorted."""
@@ -71,7 +75,7 @@ class DirectoryStore:
         try:
             file = await asyncio.to_thread(self._path(name).open, "rb")
         except FileNotFoundError:
-            raise KeyError(name) from None
+            raise NoBlob(name) from None
         with file:
             while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
                 yield chunk
@@ -99,7 +103,7 @@ def _flush(descriptor: int, flush: object) -> None:
 
 
 async def whole(store: FileStore, name: str) -> bytes:
-    """A small blob. Raises KeyError."""
+    """A small blob. Raises NoBlob."""
     return b"".join([chunk async for chunk in store.get(name)])
 
 

@@ -10,12 +10,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from coordinator.errors import InvalidField, JobFailed, PayloadTooLarge, QueueFull, TokenmillError, Unavailable, UnknownJob
+from coordinator.errors import InvalidField, JobFailed, PayloadTooLarge, QueueFull, ReadElsewhere, TokenmillError, Unavailable, UnknownJob
 from coordinator.sampling import DEFAULTS
 
 log = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
+REQUEST_TIMEOUT = 408        # the deadline was the client's own
+STATUSES: tuple[tuple[type[TokenmillError], int], ...] = (
+    (InvalidField, 400), (UnknownJob, 404), (ReadElsewhere, 409), (PayloadTooLarge, 413), (QueueFull, 429), (Unavailable, 503))
 JOB_FIELDS = frozenset({*DEFAULTS, "prompt_ids", "text"})  # an error that begins with one of them is the request's own fault
 
 
@@ -47,8 +50,8 @@ def status_of(error: TokenmillError) -> int:
     if isinstance(error, JobFailed):
         if error.reason == "error" and error.error.partition(":")[0] in JOB_FIELDS:
             return 400
-        return {"expired": 504, "cancelled": CLIENT_CLOSED_REQUEST}.get(error.reason, 500)
-    for kind, status in ((InvalidField, 400), (UnknownJob, 404), (PayloadTooLarge, 413), (QueueFull, 429), (Unavailable, 503)):
+        return {"expired": REQUEST_TIMEOUT, "cancelled": CLIENT_CLOSED_REQUEST}.get(error.reason, 500)
+    for kind, status in STATUSES:
         if isinstance(error, kind):
             return status
     return 500

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from coordinator.errors import JobFailed, Unavailable
-from coordinator.messages import Finish, FinishReason, Job, TokenRun
+from coordinator.errors import JobFailed, ReadElsewhere, Unavailable
+from coordinator.messages import FinalRecord, Finish, FinishReason, Job, TokenRun, TopLogprobs
 from producers.catch_up import FIRST_SILENCE_S, as_run
 from producers.job_stream import JobStream
 
@@ -40,10 +40,25 @@ class JobResult:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     texts: tuple[str, ...]
+    top_logprobs: tuple[TopLogprobs, ...] = ()   # one per token if the job asked for them
 
     @property
     def text(self) -> str:
         return "".join(self.texts)
+
+
+def as_result(record: FinalRecord) -> JobResult:
+    run = as_run(record)
+    assert run.finish is not None
+    return _collect(record.job_id, run.finish, [run])
+
+
+@dataclass(slots=True)
+class Timing:
+    """When things happened to a job that was submitted here; time.monotonic."""
+
+    submitted_s: float
+    first_token_s: float | None = None
 
 
 class JobHandle:
@@ -57,6 +72,8 @@ class JobHandle:
         self.silence_s = FIRST_SILENCE_S
         self.num_rereads = 0
         self.num_prompt_tokens = 0
+        self.next_index = 0          # of the first token that `stream` shows: a reader who comes back has those before
+        self.timing: Timing | None = None
         self.is_superseded = False   # somebody else reads this job now: it is not ours to cancel
         self._client = client
         self._news = asyncio.Event()
@@ -82,6 +99,8 @@ class JobHandle:
             self.silence_s = FIRST_SILENCE_S
             self.num_rereads = 0
             self._news.set()
+            if self.timing is not None and self.timing.first_token_s is None:
+                self.timing.first_token_s = time.monotonic()
 
     async def runs(self) -> AsyncIterator[list[TokenRun]]:
         """All that has arrived since the last round, as lists of runs; ends with the job or with `close`. For many tokens per second."""
@@ -102,6 +121,8 @@ class JobHandle:
             for run in runs:
                 last = len(run.token_ids) - 1
                 for i, token_id in enumerate(run.token_ids):
+                    if run.first_index + i < self.next_index:
+                        continue
                     reason = run.finish.reason if run.finish is not None and i == last else None
                     yield Token(run.first_index + i, token_id, run.logprobs[i], run.texts[i], reason)
         finish = self._ended()
@@ -116,11 +137,7 @@ class JobHandle:
         finish = self._ended()
         if self.tokens.next_index != sum(len(run.token_ids) for run in read):
             read = [as_run(await self._client.final_record(self.job_id))]
-        return JobResult(
-            job_id=self.job_id, reason=finish.reason, error=finish.error,
-            prompt_tokens=finish.prompt_tokens, cached_tokens=finish.cached_tokens,
-            token_ids=tuple(t for run in read for t in run.token_ids), logprobs=tuple(p for run in read for p in run.logprobs),
-            texts=tuple(x for run in read for x in run.texts))
+        return _collect(self.job_id, finish, read)
 
     async def cancel(self) -> None:
         """Ask the farm to stop; the job ends as `cancelled` unless it is over already."""
@@ -149,7 +166,15 @@ class JobHandle:
 
     def _ended(self) -> Finish:
         if self.tokens.finish is None and self.is_superseded:
-            raise Unavailable(f"job {self.job_id} is read by another request now: ask again")
+            raise ReadElsewhere(self.job_id)
         if self.tokens.finish is None:
             raise JobFailed(self.job_id, "cancelled", "this handle was closed before the job ended")
         return self.tokens.finish
+
+
+def _collect(job_id: str, finish: Finish, runs: list[TokenRun]) -> JobResult:
+    return JobResult(
+        job_id=job_id, reason=finish.reason, error=finish.error, prompt_tokens=finish.prompt_tokens, cached_tokens=finish.cached_tokens,
+        token_ids=tuple(t for run in runs for t in run.token_ids), logprobs=tuple(p for run in runs for p in run.logprobs),
+        texts=tuple(x for run in runs for x in run.texts),
+        top_logprobs=tuple(top for run in runs for top in run.top_logprobs))

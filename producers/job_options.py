@@ -35,7 +35,7 @@ class JobOptions:
 
 def read_options(headers: Mapping[str, str], default_class: JobClass) -> JobOptions:
     """Raises InvalidField naming the header."""
-    job_id = headers.get("x-job-id") or headers.get("idempotency-key")
+    job_id = headers.get("x-job-id", headers.get("idempotency-key"))
     klass = headers.get("x-job-class", default_class)
     if klass not in CLASSES:
         raise InvalidField("X-Job-Class", f"must be one of {', '.join(CLASSES)}, got {klass!r:.40}")
@@ -43,7 +43,7 @@ def read_options(headers: Mapping[str, str], default_class: JobClass) -> JobOpti
     if len(tenant) > MAX_TENANT_CHARS or not tenant.isprintable():
         raise InvalidField("X-Tenant", f"must be at most {MAX_TENANT_CHARS} printable characters")
     return JobOptions(
-        job_id=check_id("X-Job-Id", job_id) if job_id else None, next_index=_next_index(headers.get("last-event-id")),
+        job_id=check_id("X-Job-Id", job_id) if job_id is not None else None, next_index=_next_index(headers.get("last-event-id")),
         klass=cast(JobClass, klass), timeout_s=_timeout(headers.get("x-timeout-s")), tenant=tenant)
 
 

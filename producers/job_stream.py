@@ -71,7 +71,8 @@ class JobStream:
         if start < stop:
             if start or stop < len(run.token_ids):
                 shown = replace(run, first_index=self.next_index, token_ids=run.token_ids[start:stop], logprobs=run.logprobs[start:stop],
-                                texts=run.texts[start:stop], finish=run.finish if stop == len(run.token_ids) else None)
+                                texts=run.texts[start:stop], top_logprobs=run.top_logprobs[start:stop],
+                                finish=run.finish if stop == len(run.token_ids) else None)
                 self._unread.append(shown)
             else:
                 self._unread.append(run)

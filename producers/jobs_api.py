@@ -7,11 +7,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from coordinator.errors import UnknownJob
-from coordinator.messages import FinalRecord, check_id, unpack_ids
+from coordinator.messages import FinalRecord, check_id
 from producers.event_stream import EventStream
 from producers.http_errors import Json
 from producers.job_options import read_options
-from producers.lightllm_shapes import StreamEvents
+from producers.lightllm_shapes import StreamEvents, record_object
 from producers.shim import Shim, shim_of
 
 
@@ -54,9 +54,7 @@ async def _known(shim: Shim, job_id: str) -> dict[str, str]:
 
 
 def _finished(record: FinalRecord) -> dict[str, Any]:
-    return {"job_id": record.job_id, "state": "done", "finish_reason": record.reason, "error": record.error or None,
-            "generated_text": record.text, "token_ids": unpack_ids(record.token_ids), "prompt_tokens": record.prompt_tokens,
-            "cached_tokens": record.cached_tokens, "workers": list(record.workers)}
+    return {**record_object(record), "state": "done", "workers": list(record.workers)}
 
 
 router = APIRouter()

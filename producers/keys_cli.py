@@ -52,7 +52,9 @@ def _create(flags: argparse.Namespace) -> int:
 
 
 def _list(flags: argparse.Namespace) -> int:
-    table = Table("id", "name", "tenant", "class", "jobs", "open tokens", "tokens / min", "trusted", "created")
+    table = Table()
+    for name in ("id", "name", "tenant", "class", "jobs", "open tokens", "tokens / min", "trusted", "created"):
+        table.add_column(name, no_wrap=name == "id")
     for key in read_keys(flags.api_keys_file):
         table.add_row(*_row(key))
     Console().print(table)
@@ -60,8 +62,8 @@ def _list(flags: argparse.Namespace) -> int:
 
 
 def _row(key: ApiKey) -> tuple[str, ...]:
-    return (key.key_id, key.name, key.tenant, key.klass, *(str(n or "-") for n in (key.max_jobs, key.max_open_tokens, key.tokens_per_minute)),
-            "yes" if key.is_trusted else "", key.created)
+    bounds = (str(bound or "-") for bound in (key.max_jobs, key.max_open_tokens, key.tokens_per_minute))
+    return (key.key_id, key.name, key.tenant, key.klass, *bounds, "yes" if key.is_trusted else "", key.created)
 
 
 def _revoke(flags: argparse.Namespace) -> int:

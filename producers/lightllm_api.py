@@ -1,4 +1,4 @@
-"""LightLLM's API: POST /generate, /generate_stream, / (with `stream`), GET or POST /tokens."""
+"""LightLLM's API: POST /generate, /generate_stream, / (with `stream`), GET or POST /tokens; POST /get_score is refused."""
 
 import asyncio
 import random
@@ -8,14 +8,15 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from coordinator.errors import InvalidField, JobFailed
+from coordinator.errors import InvalidField, JobFailed, ReadElsewhere
+from coordinator.messages import new_job_id
 from coordinator.sampling import SamplingParams
 from producers.admission import split
 from producers.event_stream import EventStream, open_while_connected
 from producers.http_errors import Json
-from producers.job_handle import JobHandle
+from producers.job_handle import JobHandle, JobResult
 from producers.job_options import JobOptions, read_options
-from producers.lightllm_shapes import StreamEvents, generate_object
+from producers.lightllm_shapes import StreamEvents, as_ours, generate_object
 from producers.request_body import check_known, read_object
 from producers.shim import Shim, shim_of
 
@@ -49,7 +50,7 @@ async def tokens(request: Request) -> Response:
     body = await read_object(request, shim.settings.max_body_bytes)
     check_known(body, TOKENS_FIELDS)
     _refuse_multimodal(body)
-    params = shim.admission.params(_object(body, "parameters"))
+    params = shim.admission.params(as_ours(_object(body, "parameters")))
     if not isinstance(body.get("text"), str):
         raise InvalidField("text", "must be a string")
     prompt_ids = await shim.admission.encode(body["text"], params, field="text")
@@ -57,13 +58,13 @@ async def tokens(request: Request) -> Response:
 
 
 async def _generate(shim: Shim, body: dict[str, Any], request: Request) -> Response:
-    params, prompt_ids, with_details = await _admit(shim, body)
-    options = _options(shim, request, params)
+    params, prompt_ids, with_details = await admit(shim, body)
+    options = read_options(request.headers, shim.settings.job_class)
     handles: list[JobHandle] = []
     async with open_while_connected(request.receive, handles, shim.spawn, resume_grace_s=_grace(shim, options)):
-        for child in split(params, random.getrandbits(64)):
-            await _submit(shim, prompt_ids, child, options, handles)
-        results = await asyncio.gather(*(handle.result() for handle in handles))
+        for child, job_id in zip(split(params, random.getrandbits(64)), sibling_ids(options.job_id, params.n), strict=True):
+            await _submit(shim, prompt_ids, child, options, job_id, handles)
+        results = await asyncio.gather(*(_whole(shim, handle) for handle in handles))
     for result in results:
         if result.reason not in ("stop", "length"):
             raise JobFailed(result.job_id, result.reason, result.error)
@@ -71,45 +72,62 @@ async def _generate(shim: Shim, body: dict[str, Any], request: Request) -> Respo
     return Json(answer, headers={"X-Job-Id": ", ".join(result.job_id for result in results)})
 
 
+async def _whole(shim: Shim, handle: JobHandle) -> JobResult:
+    """Also when the same named job was asked for again meanwhile: both get its answer."""
+    try:
+        return await handle.result()
+    except ReadElsewhere:
+        return await shim.client.result(handle.job_id)
+
+
 async def _generate_stream(shim: Shim, body: dict[str, Any], request: Request) -> Response:
-    params, prompt_ids, _ = await _admit(shim, body)
+    params, prompt_ids, _ = await admit(shim, body, is_stream=True)
     if params.n != 1:
         raise InvalidField("best_of", f"must be 1 for a stream, got {params.n}")
-    options = _options(shim, request, params)
+    options = read_options(request.headers, shim.settings.job_class)
     handles: list[JobHandle] = []
-    await _submit(shim, prompt_ids, split(params, random.getrandbits(64))[0], options, handles)
+    await _submit(shim, prompt_ids, split(params, random.getrandbits(64))[0], options, options.job_id, handles)
     events = StreamEvents(shim.admission.tokenizer.special_ids, len(prompt_ids), options.next_index if options.is_resumable else None)
     return EventStream(handles[0], events, shim.spawn, resume_grace_s=_grace(shim, options))
 
 
-async def _submit(shim: Shim, prompt_ids: tuple[int, ...], params: SamplingParams, options: JobOptions, handles: list[JobHandle]) -> None:
+async def get_score(request: Request) -> Response:
+    return Json({"message": "/get_score: reward models are not supported by this version"}, status_code=400)
+
+
+def sibling_ids(given: str | None, n: int) -> list[str | None]:
+    """Job ids of the n answers to one request: the request's own for one answer, `<id>-0`, `<id>-1`, … for several."""
+    if n == 1:
+        return [given]
+    parent = given or new_job_id()
+    return [f"{parent}-{i}" for i in range(n)]
+
+
+async def _submit(shim: Shim, prompt_ids: tuple[int, ...], params: SamplingParams, options: JobOptions, job_id: str | None,
+                  handles: list[JobHandle]) -> None:
     """Appends to `handles`, so that what was submitted before a failure can be taken back."""
-    handles.append(await shim.client.submit(prompt_ids, params, klass=options.klass, timeout_s=options.timeout_s, job_id=options.job_id,
+    handles.append(await shim.client.submit(prompt_ids, params, klass=options.klass, timeout_s=options.timeout_s, job_id=job_id,
                                             tenant=options.tenant))
-
-
-def _options(shim: Shim, request: Request, params: SamplingParams) -> JobOptions:
-    options = read_options(request.headers, shim.settings.job_class)
-    if options.is_resumable and params.n != 1:
-        raise InvalidField("X-Job-Id", f"names one job: best_of must be 1, got {params.n}")
-    return options
 
 
 def _grace(shim: Shim, options: JobOptions) -> float:
     return shim.settings.resume_grace_s if options.is_resumable else 0.0
 
 
-async def _admit(shim: Shim, body: dict[str, Any]) -> tuple[SamplingParams, tuple[int, ...], bool]:
+async def admit(shim: Shim, body: dict[str, Any], *, is_stream: bool = False) -> tuple[SamplingParams, tuple[int, ...], bool]:
     """(parameters, prompt ids, whether details are wanted)."""
     check_known(body, GENERATE_FIELDS)
     _refuse_multimodal(body)
     if "inputs" not in body:
         raise InvalidField("inputs", "is missing")
     given = _object(body, "parameters")
-    with_details = given.pop("return_details", None) or False
+    with_details = given.pop("return_details", None)
+    with_details = False if with_details is None else with_details
     if not isinstance(with_details, bool):
         raise InvalidField("return_details", f"must be true or false, got {with_details!r:.80}")
-    params = shim.admission.params(given)
+    params = shim.admission.params(as_ours(given))
+    if params.top_logprobs and not (with_details or is_stream):
+        raise InvalidField("top_logprobs", "are shown in the details: return_details must be true")
     return params, await shim.admission.prompt(body["inputs"], params), with_details
 
 
@@ -131,4 +149,5 @@ router = APIRouter()
 router.add_route("/generate", generate, methods=["POST"])
 router.add_route("/generate_stream", generate_stream, methods=["POST"])
 router.add_route("/", generate_either, methods=["POST"])
+router.add_route("/get_score", get_score, methods=["POST"])
 router.add_route("/tokens", tokens, methods=["GET", "POST"])

@@ -5,6 +5,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from producers.http_errors import Json
+from producers.metrics import CONTENT_TYPE_LATEST
 from producers.shim import shim_of
 
 
@@ -45,6 +46,12 @@ async def token_load(request: Request) -> Response:
     return Json({"current_load": current, "logical_max_load": dynamic, "dynamic_max_load": dynamic})
 
 
+async def metrics(request: Request) -> Response:
+    """Prometheus text: what this shim saw of its jobs, and the farm's queues, workers and KV pages."""
+    shim = shim_of(request)
+    return Response(await shim.metrics.scrape(shim, shim.client.num_open), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
 async def bootstrap(request: Request) -> Response:
     """Workers that know only this door ask here for the queue."""
     settings = shim_of(request).settings
@@ -58,4 +65,5 @@ router.add_route("/health", health, methods=["GET"])     # HEAD comes with GET
 router.add_route("/healthz", health, methods=["GET"])
 router.add_route("/get_model_name", model_name, methods=["GET", "POST"])
 router.add_route("/token_load", token_load, methods=["GET"])
+router.add_route("/metrics", metrics, methods=["GET"])
 router.add_route("/bootstrap", bootstrap, methods=["GET"])

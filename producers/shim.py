@@ -2,18 +2,22 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Self
 
 from fastapi import FastAPI
 from starlette.requests import Request
 
+from coordinator.bus import Counters
 from coordinator.errors import Unavailable
 from coordinator.store import AdmissionLimits, WorkerView
 from coordinator.tokenizer import Tokenizer
 from coordinator.watcher import Watcher
 from producers.admission import Admission, longest_request, model_defaults
+from producers.ask import Responder
 from producers.client import TokenmillClient
+from producers.metrics import Metrics
+from producers.open_work import LimitsOf
 from producers.settings import RestSettings
 
 VIEW_FRESH_S = 0.5    # health checks may come from many sides: one look serves them all for this long
@@ -23,33 +27,41 @@ PING_TIMEOUT_S = 1.0
 class Shim:
     """One per process, in `app.state.shim`. `open` connects, `close` lets go."""
 
-    def __init__(self, settings: RestSettings, admission: Admission, client: TokenmillClient) -> None:
+    def __init__(self, settings: RestSettings, admission: Admission, client: TokenmillClient, metrics: Metrics) -> None:
         self.settings = settings
         self.admission = admission
         self.client = client
+        self.metrics = client.observer = metrics
+        self.on_close: list[Callable[[], Awaitable[None]]] = []     # what works on top of the shim ends before it
         self._background: set[asyncio.Task[None]] = set()
         self._view: tuple[float, list[WorkerView]] | None = None
         self._view_turn = asyncio.Lock()
         assert client.store is not None
+        self._asks = Responder(client, admission, self.spawn)
         self._watcher = Watcher(client.bus, client.store, client.origin)
 
     @classmethod
-    async def open(cls, settings: RestSettings, on_fatal: Callable[[Exception], None] | None = None) -> Self:
-        """`on_fatal` is told if NATS closes the connection for good. Raises ConfigError, Unavailable."""
+    async def open(cls, settings: RestSettings, metrics: Metrics, on_fatal: Callable[[Exception], None] | None = None,
+                   limits_of: LimitsOf | None = None) -> Self:
+        """`on_fatal` is told if NATS closes the connection for good; `limits_of` knows tenants. Raises ConfigError, Unavailable."""
         defaults = model_defaults(settings.model_dir)
         tokenizer = await asyncio.to_thread(Tokenizer.from_dir, settings.model_dir)
         limit = longest_request(settings.max_req_total_len, settings.model_dir)
         admission = Admission(tokenizer=tokenizer, defaults=defaults, max_req_total_len=limit)
         client = await TokenmillClient.connect(settings.nats_url, settings.redis_url, model=settings.model_name,
                                                max_queued=settings.max_queued, submit_timeout_s=settings.submit_timeout_s,
-                                               on_fatal=on_fatal, limits=AdmissionLimits(
+                                               on_fatal=on_fatal, limits_of=limits_of, limits=AdmissionLimits(
                                                    max_class_tokens=settings.max_queued_tokens, max_tenant_jobs=settings.max_tenant_jobs,
                                                    max_tenant_tokens=settings.max_tenant_tokens))
-        shim = cls(settings, admission, client)
+        shim = cls(settings, admission, client, metrics)
         shim._watcher.start()
+        await shim._asks.open()
         return shim
 
     async def close(self) -> None:
+        for close in self.on_close:
+            await close()
+        await self._asks.close()
         if self._background:
             await asyncio.wait(self._background, timeout=PING_TIMEOUT_S)
         await self._watcher.close()
@@ -72,6 +84,10 @@ class Shim:
                 views = await self.client.store.workers(self.client.model)
                 self._view = (time.monotonic(), [view for view in views if view.is_alive])
             return self._view[1]
+
+    async def counters(self) -> Counters:
+        """Depths of this model's queues. Raises Unavailable."""
+        return await self.client.bus.counters(self.client.model)
 
     async def what_is_missing(self) -> str | None:
         """None when a job that came now would be answered."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from coordinator.detokenizer import IncrementalDetokenizer
 from coordinator.fold import Shown
-from coordinator.messages import FinalRecord, Finish, Job, TokenRun
+from coordinator.messages import FinalRecord, Finish, Job, TokenRun, TopLogprobs
 from coordinator.stop_strings import StopStringMatcher
 from coordinator.tokenizer import Tokenizer
 from workers.engine_messages import Failed, Pinned, TokenRow
@@ -53,7 +53,7 @@ class ActiveJob:
     def num_output(self) -> int:
         return len(self.shown.token_ids)
 
-    def push(self, owner: str, token_id: int, logprob: float, engine_finish: str | None) -> bool:
+    def push(self, owner: str, token_id: int, logprob: float, engine_finish: str | None, top_logprobs: TopLogprobs | None = None) -> bool:
         """Add a generated token. True when it ends the job (by the engine's word, or by a stop string in the text)."""
         if engine_finish == "stop" and not self.job.params.print_eos_token and token_id in self.detokenizer.tokenizer.eos_token_ids:
             piece = ""
@@ -72,7 +72,7 @@ class ActiveJob:
         if reason is not None:
             finish = self.finish = Finish(reason=reason, prompt_tokens=len(self.prompt_ids), cached_tokens=self.cached_tokens)  # type: ignore[arg-type]
         run = TokenRun(job_id=self.job.job_id, epoch=self.epoch, first_index=self.num_output, token_ids=(token_id,), logprobs=(logprob,),
-                       texts=(visible,), finish=finish)
+                       texts=(visible,), finish=finish, top_logprobs=() if top_logprobs is None else (top_logprobs,))
         self._take(owner, run)
         return finish is not None
 
@@ -95,7 +95,8 @@ class ActiveJob:
         if len(runs) == 1:
             return runs[0]
         return replace(runs[0], token_ids=tuple(t for r in runs for t in r.token_ids), logprobs=tuple(p for r in runs for p in r.logprobs),
-                       texts=tuple(x for r in runs for x in r.texts), finish=runs[-1].finish)
+                       texts=tuple(x for r in runs for x in r.texts), finish=runs[-1].finish,
+                       top_logprobs=tuple(t for r in runs for t in r.top_logprobs))
 
     def record(self) -> FinalRecord:
         return self.shown.record(self.job)

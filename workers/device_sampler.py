@@ -4,8 +4,10 @@ The newest token of a sequence may still be on its way (`Sequence.num_in_flight`
 come from counters, and how often a sequence said each token is kept in a table on the device, which the draw itself adds to.
 
     penalties, masks        penalize     if a row asks for it
+    biases, guides' masks   (torch)      if a row asks for it
     largest, sums           survey       reads all logits
     token, log probability  draw         reads what the survey points at; counts the token
+    likeliest tokens        (torch)      if a row asks for them
 
 What the host says of a batch (parameters, lists, counts of sequences new to the table) goes over in one copy from pinned memory,
 which torch does not hand out again before the copy has run.
@@ -14,18 +16,22 @@ which torch does not hand out again before the copy has run.
 import zlib
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coordinator.sampling import SamplingParams
+from coordinator.messages import TopLogprobs
+from coordinator.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from kernels.draw import draw
 from kernels.penalize import count_tokens, penalize
 from kernels.row_params import ALLOWED_START, COUNT_ROW, INDEX, NUM_ALLOWED, WORDS, RowParams
 from kernels.survey import survey
-from workers.penalties import needs_adjusting
+from workers.penalties import forbid, needs_adjusting
+from workers.sampler import top_logprobs
 from workers.sequence import Sequence
 
 MOST_COUNTED = 32767
@@ -36,9 +42,11 @@ class _Known:
     """What the sampler keeps of a sequence, in `Sequence.sampling`."""
 
     packed: bytes
-    is_plain: bool              # takes the largest logit as it is
+    is_plain: bool              # takes the largest logit as it is, and tells nothing else
     is_adjusted: bool
     has_counts: bool
+    num_tops: int = 0
+    bias: tuple[Tensor, Tensor] | None = None   # token ids, what is added to their logits
     count_row: int = -1         # in the table, until another sequence needs it more
     num_counted: int = 0        # tokens, prompt included, that the row is about
     launch: int = 0             # the last one that used the row
@@ -85,7 +93,11 @@ class DeviceSampler:
         if any(each.is_adjusted for each in known):
             logits = logits[:num_rows].float()  # as it is if it is float32
             penalize(logits, num_rows, params, self._counts, self._eos_table)
-        return draw(logits, survey(logits, num_rows, params), params, self._counts)
+            self._bias_and_guide(logits, sequences, known)
+        drawn = draw(logits, survey(logits, num_rows, params), params, self._counts)
+        if any(each.num_tops for each in known):
+            self._tell_tops(logits, sequences, known)
+        return drawn
 
     def warm_up(self) -> None:
         """Compile every kernel in every form. Before any launch that counts; leaves nothing behind."""
@@ -100,7 +112,11 @@ class DeviceSampler:
         params = sequence.params
         is_adjusted = needs_adjusting(params)
         known = _Known(packed=_pack(sequence, self._eos_ids, self._vocab_size), is_adjusted=is_adjusted,
-                       is_plain=params.is_greedy and not is_adjusted, has_counts=params.has_penalties)
+                       is_plain=params.is_greedy and not is_adjusted and not params.top_logprobs, has_counts=params.has_penalties,
+                       num_tops=params.top_logprobs)
+        if params.logit_bias:
+            ids, biases = zip(*params.logit_bias, strict=True)
+            known.bias = self._copied(np.array(ids, dtype=np.int64)), self._copied(np.array(biases, dtype=np.float32))
         sequence.sampling = known
         return known
 
@@ -156,12 +172,39 @@ class DeviceSampler:
             self._counts = torch.zeros(len(self._owners), self._vocab_size, dtype=torch.int16, device=self._device)
         return self._counts
 
-    def _copied(self, words: NDArray[np.int64]) -> Tensor:
-        if self._device.type == "cpu":
-            return torch.from_numpy(words)
-        pinned = torch.empty(words.size, dtype=torch.int64, pin_memory=True)
-        pinned.numpy()[:] = words
-        return pinned.to(self._device, non_blocking=True)
+    def _copied(self, values: NDArray[Any]) -> Tensor:
+        host = torch.from_numpy(values)
+        return host if self._device.type == "cpu" else host.pin_memory().to(self._device, non_blocking=True)
+
+    # ---- what few rows ask for ----
+
+    def _bias_and_guide(self, logits: Tensor, sequences: list[Sequence], known: list[_Known]) -> None:
+        for row, each in enumerate(known):
+            if each.bias is not None:
+                logits[row].index_add_(0, *each.bias)
+        guided = [(row, sequence.guide) for row, sequence in enumerate(sequences) if sequence.guide is not None]
+        if guided:
+            rows = np.array([row for row, _ in guided], dtype=np.int64)
+            forbid(logits, self._copied(rows), self._copied(np.stack([guide.mask() for _, guide in guided])))
+
+    def _tell_tops(self, logits: Tensor, sequences: list[Sequence], known: list[_Known]) -> None:
+        """Copies under way to the host; complete when the step is, and not looked at before (`Sequence.tops`)."""
+        rows = [row for row, each in enumerate(known) if each.num_tops]
+        wanted = logits.index_select(0, self._copied(np.array(rows, dtype=np.int64))).float()
+        found, found_ids = wanted.topk(min(MAX_TOP_LOGPROBS, wanted.shape[1]))
+        logprobs = _to_host(found - wanted.logsumexp(-1, keepdim=True))
+        token_ids = _to_host(found_ids)
+        for place, row in enumerate(rows):
+            sequences[row].tops.append(partial(_told, known[row].num_tops, token_ids[place], logprobs[place]))
+
+
+def _to_host(values: Tensor) -> Tensor:
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    return host.copy_(values, non_blocking=True)
+
+
+def _told(count: int, token_ids: Tensor, logprobs: Tensor) -> TopLogprobs:
+    return top_logprobs(count, token_ids.tolist(), logprobs.tolist())
 
 
 def _pack(sequence: Sequence, eos_ids: frozenset[int], vocab_size: int) -> bytes:

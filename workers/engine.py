@@ -1,6 +1,6 @@
 """The engine process: one loop of schedule, run, postprocess, send. No asyncio here; the I/O process is at the other end of a socketpair.
 
-    reader thread --commands--> inbox <--copies done-- copier thread
+    reader thread --commands--> inbox <--copies done-- copier thread; <--guides done-- grammar thread
                                   |
                     take commands, schedule, launch, complete the step before (depth 2) or this one (depth 1), send events
 
@@ -54,13 +54,14 @@ from workers.engine_messages import (
 )
 from workers.engine_sizes import EngineSizes, choose_sizes, resolve
 from workers.executor import EagerExecutor, Executor, Flight
+from workers.guided import Grammars, GuideMaker
 from workers.kv_cache import check_same_layout
 from workers.model_config import ModelConfig
 from workers.model_runner import ModelRunner
 from workers.page_copier import PageCopier
 from workers.sampler import Sampler
 from workers.scheduler import PageCopy, Scheduler, SchedulerSettings, Step
-from workers.sequence import Limits, open_sequence
+from workers.sequence import Limits, Sequence, open_sequence
 from workers.settings import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -77,14 +78,23 @@ class CopyDone:
     error: str
 
 
-Inbox = queue.SimpleQueue[Command | CopyDone]
+@dataclass(frozen=True, slots=True)
+class GuideDone:
+    """From the grammar thread: this sequence has its guide, or `error`."""
+
+    sequence: Sequence
+    error: InvalidField | None
+
+
+Inbox = queue.SimpleQueue[Command | CopyDone | GuideDone]
 
 
 class Engine:
     """A loaded model and its sequences. `run` returns after Shutdown."""
 
     def __init__(self, executor: Executor, scheduler: Scheduler, limits: Limits, layout: KVLayout, inbox: Inbox,
-                 send: Callable[[Event], None], *, is_checked: bool = False) -> None:
+                 send: Callable[[Event], None], *, grammars: Grammars | None = None, is_checked: bool = False) -> None:
+        """`grammars` None: guided sequences are refused."""
         assert executor.depth == scheduler.settings.depth
         self._executor = executor
         self._scheduler = scheduler
@@ -94,6 +104,8 @@ class Engine:
         self._send = send
         self._flights: deque[tuple[Step, Flight]] = deque()  # launched, oldest first
         self._copier = PageCopier(executor.kv_cache, lambda copy, error: inbox.put(CopyDone(copy, error)))
+        self._guides = GuideMaker(grammars, lambda sequence, error: inbox.put(GuideDone(sequence, error))) if grammars else None
+        self._unguided: dict[str, Sequence] = {}  # waiting for their guides; the scheduler does not have them yet
         self._last_stats: Stats | None = None
         self._stats_sent_at = 0.0
         self._are_stats_due = True  # a sequence ended: tell, also if nothing seems to have changed
@@ -127,7 +139,7 @@ class Engine:
             self._handle(self._inbox.get())
             wait = False
 
-    def _handle(self, command: Command | CopyDone) -> None:
+    def _handle(self, command: Command | CopyDone | GuideDone) -> None:
         scheduler = self._scheduler
         match command:
             case AddSequence():
@@ -143,10 +155,15 @@ class Engine:
                 event = scheduler.finish_copy(command.copy, command.error)
                 if event is not None:
                     self._send(event)
+            case GuideDone():
+                if self._unguided.get(command.sequence.job_id) is command.sequence:  # else it was cancelled
+                    del self._unguided[command.sequence.job_id]
+                    self._schedule(command.sequence, command.error)
             case Activate():
                 if not scheduler.activate(command.job_id):
                     log.info("job %s: nothing to activate", command.job_id)
             case Cancel():
+                self._unguided.pop(command.job_id, None)
                 self._are_stats_due |= scheduler.cancel(command.job_id)
             case ReleasePin():
                 self._are_stats_due |= scheduler.release_pin(command.job_id)
@@ -156,12 +173,31 @@ class Engine:
                 self._is_shut_down = True
 
     def _add(self, command: AddSequence | ImportSequence) -> None:
+        self._unguided.pop(command.job_id, None)
+        self._scheduler.cancel(command.job_id)
         try:
-            self._scheduler.add(open_sequence(command, self._limits))
+            sequence = open_sequence(command, self._limits)
         except InvalidField as error:
             self._send(Failed(job_id=command.job_id, error=error.reason, field=error.field))
-        except PagesExhausted as error:
-            self._send(Failed(job_id=command.job_id, error=str(error), field="max_new_tokens"))
+            return
+        constraint = command.params.constraint
+        if constraint is None:
+            self._schedule(sequence)
+        elif self._guides is None:
+            self._send(Failed(job_id=command.job_id, error="cannot be kept to by this engine", field=constraint[0]))
+        else:
+            self._unguided[command.job_id] = sequence
+            self._guides.start(sequence)
+
+    def _schedule(self, sequence: Sequence, error: InvalidField | None = None) -> None:
+        try:
+            if error is not None:
+                raise error
+            self._scheduler.add(sequence)
+        except InvalidField as refused:
+            self._send(Failed(job_id=sequence.job_id, error=refused.reason, field=refused.field))
+        except PagesExhausted as exhausted:
+            self._send(Failed(job_id=sequence.job_id, error=str(exhausted), field="max_new_tokens"))
 
     # ---- the step ----
 
@@ -202,7 +238,8 @@ def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None], 
         depth=executor.depth))
     layout = cache.layout(settings.model_name)
     limits = Limits(vocab_size=config.vocab_size, max_seq_len=sizes.max_seq_len, prefill_only=settings.role == "prefill")
-    engine = Engine(executor, scheduler, limits, layout, inbox, send, is_checked=is_checked)
+    grammars = Grammars(Path(settings.model_dir), config.vocab_size, sorted(config.eos_ids))
+    engine = Engine(executor, scheduler, limits, layout, inbox, send, grammars=grammars, is_checked=is_checked)
     executor.warm_up()
     gc.collect()
     gc.freeze()  # the model's objects live for good: later collections need not look at them

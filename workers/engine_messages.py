@@ -12,7 +12,7 @@ import msgpack
 from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
 from coordinator.errors import InvalidField, MalformedMessage
-from coordinator.messages import KVLayout
+from coordinator.messages import KVLayout, TopLogprobs
 from coordinator.sampling import SamplingParams
 
 EngineFinish = Literal["stop", "length"]
@@ -116,13 +116,17 @@ class Ready:
 
 
 class TokenRow(NamedTuple):
-    """One new token. `output_index` counts from 0; `finish` is set on a sequence's last row (an EOS row included)."""
+    """One new token. `output_index` counts from 0; `finish` is set on a sequence's last row (an EOS row included).
+
+    `top_logprobs` is None unless the job asked for them.
+    """
 
     job_id: str
     output_index: int
     token_id: int
     logprob: float
     finish: EngineFinish | None
+    top_logprobs: TopLogprobs | None = None
 
 
 class Prefilled(NamedTuple):

@@ -20,13 +20,16 @@ from coordinator.messages import (
     Job,
     KVHandle,
     KVSource,
+    TopLogprobs,
     check_id,
     decode_map,
     encode_map,
     pack_floats,
     pack_ids,
+    pack_tops,
     unpack_floats,
     unpack_ids,
+    unpack_tops,
 )
 from coordinator.store import LeaseLapsed, Store, owner_name
 from coordinator.tokenizer import Tokenizer
@@ -101,7 +104,8 @@ class Giver:
             page_ids=active.offered_pages, generation=active.generation, prompt_ids=pack_ids(active.prompt_ids),
             output=pack_ids(shown.token_ids), logprobs=pack_floats(shown.logprobs), texts=tuple(shown.texts),
             cached_tokens=active.cached_tokens, ack_subject=active.ack_subject, chains=active.chains, emitters=tuple(shown.emitters),
-            lease_expires_ms=int((time.time() + HANDLE_LEASE_S) * 1000))
+            lease_expires_ms=int((time.time() + HANDLE_LEASE_S) * 1000),
+            top_logprobs=pack_tops(shown.top_logprobs))
 
     async def _on_request(self, message: Message) -> None:
         """`confirm`: does this pin still stand? `release`: the taker owns the job now. Malformed requests are answered with no."""
@@ -262,7 +266,7 @@ class Taker:
 
     def _open(self, job: Job, handle: KVHandle) -> ActiveJob:
         shown = Shown(token_ids=unpack_ids(handle.output), logprobs=unpack_floats(handle.logprobs), texts=list(handle.texts),
-                      emitters=list(handle.emitters), epoch=handle.epoch)
+                      emitters=list(handle.emitters), epoch=handle.epoch, top_logprobs=_tops_of(handle))
         if not len(shown.token_ids) == len(shown.logprobs) == len(shown.texts):
             raise MalformedMessage("KV handle: output, logprobs and texts differ in length")
         active = open_job(self._tokenizer, job, epoch=handle.epoch + 1, ack_subject=handle.ack_subject,
@@ -338,3 +342,10 @@ class Taker:
             return decode_map(reply).get("ok") is True
         except (Unavailable, MalformedMessage):
             return None
+
+
+def _tops_of(handle: KVHandle) -> list[TopLogprobs]:
+    try:
+        return list(unpack_tops(handle.top_logprobs))
+    except ValueError as error:
+        raise MalformedMessage(f"KV handle: top_logprobs: {error}") from None

@@ -81,7 +81,8 @@ class Incarnation:
             self._pulling = Pulling(self._bus, handoff_consumers(self._model), self._room_for_handles, self._taker.take)
         else:
             intake = Intake(me, self._tokenizer, self._bus, self._store, self.jobs, self._cancelled.__contains__)
-            self._pulling = Pulling(self._bus, job_consumers(self._model), self._room_for_jobs, intake.accept)
+            self._pulling = Pulling(self._bus, job_consumers(self._model), self._room_for_jobs, intake.accept, free=self._free_slots,
+                                    num_slots=self._ready.max_num_seqs)
         self.jobs.on_change = self._pulling.on_change
         await self._pulling.start()
         self._tasks = [asyncio.create_task(self._beat_forever()), asyncio.create_task(self._stay_on_roster()),
@@ -101,7 +102,10 @@ class Incarnation:
         """Jobs that may be pulled: slots free in the engine, and not more prompt tokens waiting than two steps compute."""
         if not self._may_take or self.jobs.num_waiting_tokens >= 2 * self._ready.chunk_size:
             return 0
-        return min(self._ready.max_num_seqs - self.jobs.num_in(Phase.RUNNING, Phase.CLAIMING), MAX_PULL)
+        return min(self._free_slots(), MAX_PULL)
+
+    def _free_slots(self) -> int:
+        return self._ready.max_num_seqs - self.jobs.num_in(Phase.RUNNING, Phase.CLAIMING)
 
     def _room_for_handles(self) -> int:
         """Handles that may be pulled: a few imports ahead at most, or a full worker would hoard what others could run."""

@@ -182,7 +182,7 @@ class Jobs:
     def _on_row(self, active: ActiveJob, row: TokenRow) -> None:
         if active.phase is not Phase.RUNNING:
             return  # an earlier row ended it
-        if active.push(self.me.owner, row.token_id, row.logprob, row.finish):
+        if active.push(self.me.owner, row.token_id, row.logprob, row.finish, row.top_logprobs):
             self._send_last(active)
         else:
             self.emitter.wake(active)

@@ -1,8 +1,8 @@
 """Change logits by what a sequence said so far and by what it may say: LightLLM's penalties, EOS rules and allowed tokens.
 
-Order: repetition, frequency, presence; then the length penalty on EOS; then masks (EOS too early, tokens not allowed). Tokens are
-counted over the output, and over the prompt too with `input_penalty`. Each sequence keeps its counts and adds to them what came
-since the last step, so a step costs the number of distinct tokens, whatever the length.
+Order: repetition, frequency, presence; then the length penalty on EOS; then masks (EOS too early, tokens not allowed); then biases; last
+the mask of a guide. Tokens are counted over the output, and over the prompt too with `input_penalty`. Each sequence keeps its counts and
+adds to them what came since the last step, so a step costs the number of distinct tokens, whatever the length.
 """
 
 from array import array
@@ -49,7 +49,8 @@ class TokenCounts:
 
 def needs_adjusting(params: SamplingParams) -> bool:
     _, decay = params.exponential_decay_length_penalty
-    return params.has_penalties or bool(params.allowed_token_ids) or params.min_new_tokens > 1 or decay != 1.0
+    return (params.has_penalties or bool(params.allowed_token_ids) or params.min_new_tokens > 1 or decay != 1.0
+            or bool(params.logit_bias) or params.is_guided)
 
 
 def adjust(logits: Tensor, sequences: list[Sequence], counts: dict[int, TokenCounts], eos_ids: Seq[int]) -> None:
@@ -66,6 +67,25 @@ def adjust(logits: Tensor, sequences: list[Sequence], counts: dict[int, TokenCou
             kept = logits[row, allowed]
             logits[row] = -inf
             logits[row, allowed] = kept
+        if sequence.params.logit_bias:
+            biased, biases = zip(*sequence.params.logit_bias, strict=True)
+            logits[row].index_add_(0, torch.tensor(biased, device=logits.device), torch.tensor(biases, device=logits.device))
+    guided = [(row, sequence.guide) for row, sequence in enumerate(sequences) if sequence.guide is not None]
+    if guided:
+        forbid(logits, torch.tensor([row for row, _ in guided], device=logits.device),
+               torch.from_numpy(np.stack([guide.mask() for _, guide in guided])).to(logits.device))
+
+
+def forbid(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+    """Leave only what masks allow, in place and without waiting for a device.
+
+    logits  [num_seqs, vocab_size], any float type
+    rows    [n] int64, the rows of logits that the masks are for
+    masks   [n, ceil(vocab_size / 32)] int32: bit i of word w is for token 32 * w + i; set: allowed
+    """
+    bits = torch.arange(32, dtype=torch.int32, device=masks.device)
+    is_allowed = ((masks.unsqueeze(-1) >> bits) & 1).bool().flatten(1)[:, :logits.shape[1]]
+    logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(~is_allowed, -inf))
 
 
 def _penalize(logits: Tensor, sequences: list[Sequence], counts: dict[int, TokenCounts]) -> None:

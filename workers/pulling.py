@@ -18,6 +18,8 @@ PROBE_DELAY_S = 0.005   # after an arrival
 LOOK_AGAIN_S = 1.0      # without a sign of change, look at the room again after this
 RETRY_S = 0.5
 ACTIVE_S = 30.0         # a lane that brought something this recently is probed; the others have a pull standing open
+KEPT_IDLE, KEPT_BUSY = 1 / 8, 3 / 4   # of the slots: what the last class leaves free, alone and while the classes above it bring jobs
+BUSY_S = 5.0            # a class is taken to bring jobs so long after its last one
 AGEING_S = 2.0          # however busy the classes above: one job of a class is taken once this time, per class above it
 
 
@@ -27,17 +29,24 @@ class Pulling:
     classes     consumers by class, best first; within a class one per lane
     room        how many more deliveries may be taken up now; 0 stops pulling
     handle      takes up one delivery; runs as a task of its own
+    free        with `num_slots`: how many of them are free. The last class then leaves a part free, so that what comes above it finds a
+                slot at once, and small batches to run in: it soaks up what is idle
 
     With room, one message per lane may come by itself (a pull stands open). When one came, the classes are emptied in their order as far
     as the room goes, one message per lane and round: a lower class is served when nothing waits above it, or when it has waited long.
     """
 
     def __init__(self, bus: Bus, classes: list[list[str]], room: Callable[[], int],
-                 handle: Callable[[Delivery], Coroutine[None, None, None]]) -> None:
+                 handle: Callable[[Delivery], Coroutine[None, None, None]], *, free: Callable[[], int] | None = None,
+                 num_slots: int = 0) -> None:
         self._bus = bus
         self._classes = [list(lanes) for lanes in classes]
         self._room = room
         self._handle = handle
+        self._free = free
+        self._num_slots = num_slots
+        self._above = {lane for lanes in classes[:-1] for lane in lanes}
+        self._busy_until = 0.0
         self._changed = asyncio.Event()
         self._should_probe = True
         self._active_until: dict[str, float] = {}
@@ -76,15 +85,28 @@ class Pulling:
             return
         self._should_probe = False
         room -= await self._take_aged(room)
-        for index, lanes in enumerate(self._classes):
-            if room <= 0:
-                break
-            now = self._looked_at[index] = time.monotonic()
-            room -= await self._take_in_turn([lane for lane in lanes if self._active_until.get(lane, 0.0) > now], lanes, room)
-        if room <= 0:
+        *above, last = range(len(self._classes))
+        for index in above:
+            room -= await self._take_active(index, room)
+        room_for_last = self._room_for_last(room)
+        num_taken = await self._take_active(last, room_for_last)
+        if num_taken >= room_for_last:
             self._should_probe = True
-        else:
-            self._want(1)
+        if room > num_taken:
+            self._want(1, 1 if room_for_last > num_taken else 0)
+
+    async def _take_active(self, index: int, room: int) -> int:
+        if room <= 0:
+            return 0
+        lanes, now = self._classes[index], time.monotonic()
+        self._looked_at[index] = now
+        return await self._take_in_turn([lane for lane in lanes if self._active_until.get(lane, 0.0) > now], lanes, room)
+
+    def _room_for_last(self, room: int) -> int:
+        if self._free is None:
+            return room
+        kept = KEPT_BUSY if time.monotonic() < self._busy_until else KEPT_IDLE
+        return min(room, self._free() - len(self._taken_up) - int(kept * self._num_slots))
 
     async def _take_aged(self, room: int) -> int:
         """One job of a class that the classes above it have kept waiting too long."""
@@ -110,15 +132,18 @@ class Pulling:
         order.append(order.pop(0))
         return taken
 
-    def _want(self, num_messages: int) -> None:
+    def _want(self, num_messages: int, of_last: int | None = None) -> None:
         for lanes in self._classes:
+            wanted = of_last if lanes is self._classes[-1] and of_last is not None else num_messages
             for lane in lanes:
-                self._puller.want(lane, num_messages)
+                self._puller.want(lane, wanted)
 
     async def _take_up_forever(self) -> None:
         while True:
             delivery = await self._puller.next()
             self._active_until[delivery.consumer] = time.monotonic() + ACTIVE_S
+            if delivery.consumer in self._above:
+                self._busy_until = time.monotonic() + BUSY_S
             task = asyncio.create_task(self._handle(delivery))
             self._taken_up.add(task)
             task.add_done_callback(self._done)

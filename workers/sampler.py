@@ -3,17 +3,20 @@
 Greedy takes the largest logit after penalties and masks (`penalties`). Sampling goes on with temperature, top_k, top_p over what
 top_k left, min_p (`token_filters`), and one uniform number per (seed, output index) (`philox`) put through the inverse of the
 cumulative distribution in vocabulary order. The log probability returned is of the distribution after penalties and masks but
-before temperature and the filters: what the model thought, comparable between greedy and sampled requests.
+before temperature and the filters: what the model thought, comparable between greedy and sampled requests. So are those of the likeliest
+tokens, for sequences that ask for them (`Sequence.tops`).
 """
 
 import zlib
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from math import isfinite
 
 import torch
 from torch import Tensor
 
-from coordinator.sampling import SamplingParams
+from coordinator.messages import TopLogprobs
+from coordinator.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from workers.penalties import TokenCounts, adjust, needs_adjusting
 from workers.philox import uniforms
 from workers.sequence import Sequence
@@ -49,6 +52,7 @@ class Sampler:
             rows = torch.tensor(drawn_rows, device=logits.device)
             token_ids[rows] = _draw(logits, probs, rows, [sequences[row] for row in drawn_rows])
         logprobs = logits.gather(1, token_ids) - log_normaliser
+        _tell_tops(logits, log_normaliser, sequences)
         return token_ids.flatten().tolist(), logprobs.flatten().tolist()
 
     def _adjust(self, logits: Tensor, sequences: list[Sequence], newest: Mapping[Sequence, int]) -> None:
@@ -62,6 +66,20 @@ class Sampler:
                 sequence.sampling.update([*sequence.token_ids, newest[sequence]] if sequence in newest else sequence.token_ids)
                 counts[row] = sequence.sampling
         adjust(logits, sequences, counts, self._eos_ids)
+
+
+def _tell_tops(logits: Tensor, log_normaliser: Tensor, sequences: list[Sequence]) -> None:
+    rows = [row for row, sequence in enumerate(sequences) if sequence.params.top_logprobs]
+    if rows:
+        found, found_ids = logits[rows].topk(min(MAX_TOP_LOGPROBS, logits.shape[1]))
+        for row, logprobs, token_ids in zip(rows, (found - log_normaliser[rows]).tolist(), found_ids.tolist(), strict=True):
+            told = top_logprobs(sequences[row].params.top_logprobs, token_ids, logprobs)
+            sequences[row].tops.append(lambda told=told: told)  # type: ignore[misc]
+
+
+def top_logprobs(count: int, token_ids: Seq[int], logprobs: Seq[float]) -> TopLogprobs:
+    """The first `count`, fewer if masks leave fewer."""
+    return tuple((token_id, logprob) for token_id, logprob in zip(token_ids[:count], logprobs[:count], strict=True) if isfinite(logprob))
 
 
 def _draw(logits: Tensor, probs: Tensor, rows: Tensor, sequences: list[Sequence]) -> Tensor:

@@ -2,7 +2,8 @@
 
 A step is scheduled, launched and later completed. With depth 2 the next one is scheduled and launched in between, before the tokens of
 the first are known: a sequence then goes on with a token that only the device has yet (`ForwardBatch.carried`), and if that turns out to
-be its last one, the row was computed in vain and is dropped. Steps run in the order of their launch, so whatever a launched step computes
+be its last one, the row was computed in vain and is dropped. A guided sequence never goes on so: what it may say depends on its last token,
+so it sits out the step in between. Steps run in the order of their launch, so whatever a launched step computes
 may be built on by the next (shared, freed, written over); only what leaves the engine waits for `complete`.
 
 A sequence is admitted only when the projected peak, with every running sequence going on to its last token, fits the pool less
@@ -16,10 +17,11 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal
 
-from coordinator.errors import PagesExhausted
+from coordinator.errors import InvalidField, PagesExhausted
 from workers.admission import NEVER, Projection, fits
 from workers.batch import ForwardBatch
 from workers.engine_messages import Failed, Imported, Pinned, Prefilled, Stats, TokenRow, Tokens
+from workers.guided import Guide
 from workers.page_pool import PagePool
 from workers.radix_cache import RadixCache
 from workers.sequence import ImportSource, Sequence, State, num_pages_for
@@ -226,8 +228,13 @@ class Scheduler:
                 after.append(Failed(job_id=sequence.job_id, error=f"the model gave no next token (log probability {logprob})"))
                 continue
             sequence.token_ids.append(token_id)
+            if sequence.guide is not None and (refused := _refusal(sequence.guide, token_id)) is not None:
+                self.cancel(sequence.job_id)
+                after.append(Failed(job_id=sequence.job_id, error=refused.reason, field=refused.field))
+                continue
             finish = sequence.finish_reason(eos_ids)
-            rows.append(TokenRow(sequence.job_id, len(sequence.token_ids) - sequence.num_prompt - 1, token_id, logprob, finish))
+            top = sequence.tops.popleft()() if sequence.tops else None
+            rows.append(TokenRow(sequence.job_id, len(sequence.token_ids) - sequence.num_prompt - 1, token_id, logprob, finish, top))
             if finish:
                 self.cancel(sequence.job_id)
             elif is_prefill:
@@ -278,8 +285,8 @@ class Scheduler:
                 continue  # importing, or preempted a moment ago
             if sequence.num_pending > 1:
                 prefills.append(sequence)
-            elif sequence.num_in_flight and (is_prefill or sequence.num_remaining <= 0):
-                continue  # it ends, or is pinned, with the token that is being drawn
+            elif sequence.num_in_flight and (is_prefill or sequence.guide is not None or sequence.num_remaining <= 0):
+                continue  # it ends, or is pinned, with the token that is being drawn; or what it may say depends on that token
             elif sequence.num_computed < len(sequence.page_table) * size or self._reserve(sequence, 1, step):
                 step.take(sequence, 1)
         for sequence in prefills:
@@ -361,7 +368,8 @@ class Scheduler:
             num_prefill_tokens += sequence.num_pending - 1
             is_end_known = self.settings.role != "prefill" and sequence.source is None  # else it waits for a command, then or now
             # Pages come back when the last step is completed; by then as many more as the depth says have been launched.
-            end = sequence.num_remaining + num_prefill_tokens // per_step + self.settings.depth if is_end_known else NEVER
+            num_steps = sequence.num_remaining * (self.settings.depth if sequence.guide is not None else 1)
+            end = num_steps + num_prefill_tokens // per_step + self.settings.depth if is_end_known else NEVER
             projections.append(Projection(end=end, num_tokens=sequence.num_tokens, num_pages=self._num_pages(sequence),
                                           growth=self._growth(sequence), own_pages=self._num_own_pages(sequence) if is_end_known else 0))
         return fits(projections, num_held=num_held, num_pages=num_pages, page_size=self.settings.page_size)
@@ -428,6 +436,15 @@ class Scheduler:
         self.pool.release(sequence.page_table)
         sequence.page_table = []
         self._may_admit = True
+
+
+def _refusal(guide: Guide, token_id: int) -> InvalidField | None:
+    """Why the guide cannot go on behind this token; None: it did."""
+    try:
+        guide.take(token_id)
+    except InvalidField as refused:
+        return refused
+    return None
 
 
 def _slots(pages: list[int], start: int, end: int, size: int) -> list[int]:

@@ -12,14 +12,19 @@ grows when a step is launched, so it says what later steps will find, not what h
 """
 
 import enum
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coordinator.errors import InvalidField
-from coordinator.messages import KVLayout, unpack_ids
+from coordinator.messages import KVLayout, TopLogprobs, unpack_ids
 from coordinator.sampling import SamplingParams
 from workers.engine_messages import AddSequence, EngineFinish, ImportSequence
 from workers.radix_cache import Node
+
+if TYPE_CHECKING:
+    from workers.guided import Guide
 
 
 class State(enum.Enum):
@@ -73,6 +78,9 @@ class Sequence:
     generation: int = 0                  # of its pin
     is_prefill_reported: bool = False
     sampling: Any = None                 # the sampler's memory of this sequence; opaque here
+    guide: "Guide | None" = None         # what it may say next: never scheduled while its newest token is not known
+    # What launched steps found likeliest, oldest first, if its params ask for it: called once the step's result is there.
+    tops: deque[Callable[[], TopLogprobs]] = field(default_factory=deque)
     stop_runs: list[list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,6 +111,8 @@ class Sequence:
         """Why the last known output token ended it, or None."""
         token_ids = self.token_ids
         num_known = len(token_ids) - self.num_prompt
+        if self.guide is not None and self.guide.is_finished:
+            return "stop"
         if token_ids[-1] in eos_ids and not self.params.ignore_eos:
             return "stop"
         for run in self.stop_runs:
@@ -138,7 +148,8 @@ def open_sequence(command: AddSequence | ImportSequence, limits: Limits) -> Sequ
 def _check(num_prompt: int, token_ids: list[int], params: SamplingParams, limits: Limits) -> None:
     if not 0 < num_prompt <= len(token_ids):
         raise InvalidField("num_prompt", f"must be between 1 and the {len(token_ids)} tokens given, got {num_prompt}")
-    for name, ids in (("prompt_ids", token_ids), ("allowed_token_ids", params.allowed_token_ids)):
+    biased = [token_id for token_id, _ in params.logit_bias]
+    for name, ids in (("prompt_ids", token_ids), ("allowed_token_ids", params.allowed_token_ids), ("logit_bias", biased)):
         if ids and max(ids) >= limits.vocab_size:
             raise InvalidField(name, f"token id {max(ids)} is not below the vocabulary size {limits.vocab_size}")
     if num_prompt >= limits.max_seq_len:

@@ -1,6 +1,7 @@
 """Wire messages: what goes in comes out, and nothing malformed gets further than a typed error."""
 
 import contextlib
+from dataclasses import replace
 
 import msgpack
 import pytest
@@ -23,7 +24,9 @@ from coordinator.messages import (
     new_job_id,
     pack_floats,
     pack_ids,
+    pack_tops,
     unpack_ids,
+    unpack_tops,
 )
 from coordinator.sampling import SamplingParams
 
@@ -61,6 +64,34 @@ def test_every_message_survives_its_own_encoding() -> None:
     assert FinalRecord.decode(record.encode()) == record
     letter = DeadLetter(subject="jobs.m.normal.any", reason="r", payload=b"\xff", at_ms=1)
     assert DeadLetter.decode(letter.encode()) == letter
+
+
+TOPS = (((5, -0.5), (7, -1.5)), ((9, -0.25),))
+
+
+@pytest.mark.parametrize("finish", [None, Finish(reason="stop", prompt_tokens=3)])
+def test_the_likeliest_tokens_travel_with_their_tokens(finish: Finish | None) -> None:
+    told = replace(run(0, 5, 9, finish=finish), top_logprobs=TOPS)
+    assert Frame.decode(Frame(runs=(told, run(2, 7))).encode()) == Frame(runs=(told, run(2, 7)))
+    assert KVHandle.decode(handle(top_logprobs=pack_tops(TOPS)).encode()).top_logprobs == pack_tops(TOPS)
+    shown = fold([("out.o.p.1", told), ("out.o.d.2", replace(run(1, 9, 9, finish=Finish(reason="length")), top_logprobs=TOPS[:1] * 2))])
+    record = FinalRecord.decode(shown.record(job(job_id="j")).encode())
+    assert unpack_tops(record.top_logprobs) == (*TOPS, TOPS[0]) if finish is None else TOPS
+
+
+def test_where_nobody_asked_for_them_messages_are_what_they_were_before() -> None:
+    record = fold([("out.o.p.1", run(0, 5, finish=Finish(reason="stop")))]).record(job(job_id="j"))
+    for message in (record, handle()):
+        body = msgpack.unpackb(message.encode())
+        assert "top_logprobs" not in body
+        assert type(message).decode(encode_map({key: value for key, value in body.items() if key != "v"})) == message
+    assert len(run(0, 5).to_wire()) == 6 and len(run(0, 5, finish=Finish(reason="stop")).to_wire()) == 7
+
+
+@pytest.mark.parametrize("tops", [[[b"\1\0\0\0", b""]], [[b"\1\0\0\0"]], [5], 5, [[b"", b""]] * 2, [["a", "b"]]])
+def test_likeliest_tokens_out_of_shape_are_malformed(tops: object) -> None:
+    with pytest.raises(MalformedMessage):
+        TokenRun.from_wire([*run(0, 5).to_wire(), None, tops])
 
 
 def test_a_handle_keeps_all_its_fields() -> None:

@@ -16,7 +16,11 @@ from coordinator.sampling import DEFAULTS, SamplingParams
     ("exponential_decay_length_penalty", [1, 0.5]),
     ("stop_sequences", [""]), ("stop_sequences", 5), ("stop_sequences", ["x"] * 11), ("stop_sequences", [[1, -2]]),
     ("allowed_token_ids", list(range(257))), ("allowed_token_ids", [True]), ("allowed_token_ids", "1"),
-    ("guided_json", "{}"), ("regular_constraint", "a+"), ("max_tokens", 5),
+    ("max_tokens", 5), ("top_logprobs", 21), ("top_logprobs", -1), ("top_logprobs", True),
+    ("logit_bias", {"5": 101}), ("logit_bias", {"5": "1"}), ("logit_bias", {"x": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", [5, 6]),
+    ("logit_bias", {"5": 1, 5: 2}), ("logit_bias", {i: 0 for i in range(1025)}), ("logit_bias", 3),
+    ("guided_json", "{"), ("guided_json", "[]"), ("guided_json", 5), ("guided_json", '{"type": "strin"}'), ("guided_json", "NaN"),
+    ("guided_grammar", 5), ("guided_grammar", "(" * 65), ("regular_constraint", "(" * 65), ("regular_constraint", "a" * 65_537),
 ])
 def test_a_bad_parameter_is_refused_by_its_name(field: str, value: object) -> None:
     with pytest.raises(InvalidField) as caught:
@@ -53,3 +57,31 @@ def test_the_wire_form_carries_what_differs_and_parses_to_the_same() -> None:
     assert set(params.to_wire()) == {"stop_sequences", "seed", "max_new_tokens"}
     assert SamplingParams.parse(params.to_wire()) == params
     assert params.stop_strings == ("\n",) and params.stop_token_runs == ((5, 6),)
+
+
+def test_biases_come_as_a_map_with_ids_or_their_digits_or_as_pairs() -> None:
+    expected = ((5, 1.5), (70, -100.0))
+    for given in ({"70": -100, "5": 1.5}, {70: -100, 5: 1.5}, [[70, -100], [5, 1.5]], expected):
+        assert SamplingParams.parse({"logit_bias": given}).logit_bias == expected
+    params = SamplingParams(logit_bias=expected, top_logprobs=3)
+    assert SamplingParams.parse(params.to_wire()) == params
+
+
+def test_a_schema_may_come_as_an_object_and_travels_as_text() -> None:
+    params = SamplingParams.parse({"guided_json": {"type": "object", "properties": {"a": {"type": "null"}}}})
+    assert params.constraint == ("guided_json", '{"type": "object", "properties": {"a": {"type": "null"}}}') and params.is_guided
+    assert SamplingParams.parse(params.to_wire()) == params
+    assert not SamplingParams().is_guided and SamplingParams().constraint is None
+
+
+@pytest.mark.parametrize(("given", "field"), [
+    ({"guided_json": "{}", "regular_constraint": "a"}, "regular_constraint"),
+    ({"guided_grammar": 'root ::= "a"', "regular_constraint": "a"}, "regular_constraint"),
+    ({"regular_constraint": "a", "ignore_eos": True}, "ignore_eos"),
+    ({"regular_constraint": "a", "allowed_token_ids": [5]}, "allowed_token_ids"),
+    ({"regular_constraint": "a", "min_new_tokens": 2}, "min_new_tokens"),
+])
+def test_what_contradicts_a_constraint_is_refused(given: dict[str, object], field: str) -> None:
+    with pytest.raises(InvalidField) as caught:
+        SamplingParams.parse(given)
+    assert caught.value.field == field

@@ -50,3 +50,12 @@ def test_switches_are_passed_on_when_they_are_set(model_dir: str) -> None:
 def test_what_cannot_be_is_refused_by_name(model_dir: str, flags: list[str], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         worker_args(model_dir, *flags)
+
+
+def test_an_address_that_is_not_loopback_needs_a_file_of_keys_that_exists(model_dir: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--host 0.0.0.0: not a loopback address: give --api_keys_file"):
+        worker_args(model_dir, "--host", "0.0.0.0")
+    with pytest.raises(ConfigError, match=r"--api_keys_file .*: there is no such file"):
+        worker_args(model_dir, "--api_keys_file", str(tmp_path / "missing"))
+    (tmp_path / "keys.json").write_text('{"keys": []}')
+    assert worker_args(model_dir, "--host", "0.0.0.0", "--api_keys_file", str(tmp_path / "keys.json"))

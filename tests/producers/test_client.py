@@ -7,7 +7,7 @@ import pytest
 
 from coordinator.bus import Bus, Message
 from coordinator.embedded import EmbeddedServices
-from coordinator.errors import InvalidField, JobFailed, PayloadTooLarge, QueueFull, Unavailable
+from coordinator.errors import InvalidField, JobFailed, PayloadTooLarge, QueueFull, ReadElsewhere, Unavailable, UnknownJob
 from coordinator.messages import Job
 from coordinator.sampling import SamplingParams
 from producers import job_stream
@@ -155,7 +155,7 @@ async def test_a_job_submitted_again_while_it_is_open_is_read_by_the_newer_handl
     second = await client.submit([1], job_id="mine")
     assert first.is_superseded and not second.is_superseded
     assert sum((await bus.counters(model))["jobs"].values()) == 1
-    with pytest.raises(Unavailable, match="another request"):
+    with pytest.raises(ReadElsewhere, match="another request"):
         await first.result()
 
 
@@ -245,3 +245,49 @@ async def test_streams_go_on_over_a_broker_that_is_killed_and_comes_back(own_ser
         await asyncio.to_thread(own_services.nats.start)
         for handle, tokens in zip(handles, await reading, strict=True):
             assert_whole(tokens, handle.job_id, 10)
+
+
+async def test_a_reader_that_comes_back_by_index_is_shown_the_rest(nats_url: str, redis_url: str, bus: Bus, model: str) -> None:
+    go_on = asyncio.Event()
+
+    async def pause(worker: FakeWorker, job: Job) -> None:
+        await worker.emit(job, run(job, 0, 4))
+        await go_on.wait()
+        await worker.emit(job, run(job, 4, 4, finish="length"))
+
+    async with FakeWorker(bus, model, serve=pause):
+        async with await TokenmillClient.connect(nats_url, redis_url, model=model) as first:
+            handle = await first.submit([1], length(8))
+            stream = handle.stream()
+            seen = [await anext(stream) for _ in range(3)]
+        async with await TokenmillClient.connect(nats_url, redis_url, model=model) as second:
+            go_on.set()
+            seen += [token async for token in second.stream(handle.job_id, next_index=3)]
+            assert_whole(seen, handle.job_id, 8)
+            assert (await second.result(handle.job_id)).text == answer(handle.job_id, 8)
+            again = await second.resume(handle.job_id, next_index=7)
+            assert [token.index for token in await read(again)] == [7]
+
+
+async def test_without_redis_a_job_is_resumed_by_its_origin(nats_url: str, bus: Bus, model: str) -> None:
+    async with FakeWorker(bus, model):
+        async with await TokenmillClient.connect(nats_url, model=model, origin="mine") as first:
+            handle = await first.submit([1], length(8))
+        async with await TokenmillClient.connect(nats_url, model=model) as second:
+            assert [t.index for t in await read(await second.resume(handle.job_id, 5, origin="mine"))] == [5, 6, 7]
+
+
+async def test_a_result_can_be_awaited_beside_a_reader_and_before_the_job_has_run(nats_url: str, redis_url: str, bus: Bus,
+                                                                                  model: str) -> None:
+    async with (await TokenmillClient.connect(nats_url, redis_url, model=model) as client,
+                await TokenmillClient.connect(nats_url, redis_url, model=model) as another):
+        handle = await client.submit([1], length(6))
+        results = [asyncio.create_task(c.result(handle.job_id, timeout_s=20)) for c in (client, another)]
+        async with FakeWorker(bus, model):
+            assert_whole(await read(handle), handle.job_id, 6)
+            assert [r.text for r in await asyncio.gather(*results)] == [answer(handle.job_id, 6)] * 2
+        with pytest.raises(UnknownJob):
+            await another.result("nobody-knows-it")
+        waiting = await client.submit([1], length(6))
+        with pytest.raises(Unavailable, match=r"is not over within 0\.2 s"):
+            await client.result(waiting.job_id, timeout_s=0.2)

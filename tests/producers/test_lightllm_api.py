@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ from coordinator import subjects
 from coordinator.bus import Bus
 from coordinator.embedded import EmbeddedServices
 from coordinator.messages import Job
+from coordinator.sampling import DEFAULTS
 from producers import job_stream
 from tests.producers.conftest import OpenRest, Rest
 from tests.producers.fake_worker import FakeWorker, all_at_once, answer, run, text, token_id
@@ -146,7 +148,11 @@ PARAMETERS = [
     ({"stop_sequences": [""]}, "stop_sequences: must not hold an empty sequence"),
     ({"allowed_token_ids": [300]}, "allowed_token_ids: token id 300 is not in the vocabulary"),
     ({"seed": -1}, "seed: must be between 0"),
-    ({"guided_json": "{}"}, "guided_json: constrained decoding is not supported"),
+    ({"guided_json": "{"}, "guided_json: "),
+    ({"guided_json": "{}", "regular_constraint": "a"}, "regular_constraint: cannot be combined with guided_json"),
+    ({"return_details": ""}, "return_details: must be true or false"),
+    ({"image_max_patch_num": 4}, "image_max_patch_num: unknown parameter"),
+    ({"suggested_dp_index": 1}, "suggested_dp_index: unknown parameter"),
     ({"suggested_dp_index": 0}, "suggested_dp_index: unknown parameter"),
 ]
 BODIES = [
@@ -245,7 +251,7 @@ async def test_a_broker_that_is_away_answers_503(own_services: EmbeddedServices,
 
 
 @pytest.mark.parametrize(("reason", "error", "status"), [
-    ("error", "the engine failed", 500), ("error", "max_new_tokens: needs 40 KV pages", 400), ("expired", "", 504), ("cancelled", "", 499)])
+    ("error", "the engine failed", 500), ("error", "max_new_tokens: needs 40 KV pages", 400), ("expired", "", 408), ("cancelled", "", 499)])
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
 async def test_a_job_that_fails_before_its_first_token_has_an_error_status(rest: Rest, bus: Bus, model: str, path: str,
                                                                            reason: Any, error: str, status: int) -> None:
@@ -354,3 +360,68 @@ async def test_streams_go_on_over_a_broker_that_is_killed_in_the_middle(own_serv
         responses: list[httpx.Response] = await asyncio.gather(*asking)
     for response in responses:
         assert "".join(e["token"]["text"] for e in events_of(response.text)) == answer(response.headers["x-job-id"], 6)
+
+
+async def test_several_answers_to_a_named_request_are_jobs_named_after_it(rest: Rest, bus: Bus, model: str) -> None:
+    body = {"inputs": "Hi", "parameters": {"best_of": 2, "max_new_tokens": 3}}
+    async with FakeWorker(bus, model) as worker:
+        named = [await rest.http.post("/generate", json=body, headers={"X-Job-Id": "mine"}) for _ in range(2)]
+        unnamed = await rest.post("/generate", body)
+    assert [reply.headers["x-job-id"] for reply in named] == ["mine-0, mine-1"] * 2 and named[0].json() == named[1].json()
+    first, second = unnamed.headers["x-job-id"].split(", ")
+    assert first.removesuffix("-0") == second.removesuffix("-1") and len(worker.jobs) == 4
+
+
+async def test_the_same_named_request_twice_at_once_is_one_job_and_two_answers(rest: Rest, bus: Bus, model: str) -> None:
+    both_ask = asyncio.Event()
+
+    async def wait(worker: FakeWorker, job: Job) -> None:
+        await both_ask.wait()
+        await worker.emit(job, run(job, 0, 4, finish="stop"))
+
+    async with FakeWorker(bus, model, serve=wait) as worker:
+        asking = [asyncio.create_task(rest.http.post("/generate", json={"inputs": "Hi"}, headers={"X-Job-Id": "mine"})) for _ in range(2)]
+        while "reader" not in await rest.app.state.shim.client.store.job("mine"):
+            await asyncio.sleep(0.01)
+        both_ask.set()
+        replies = await asyncio.gather(*asking)
+    assert [reply.status_code for reply in replies] == [200, 200] and replies[0].json() == replies[1].json()
+    assert len(worker.jobs) == 1
+
+
+async def test_what_lightllms_servers_tell_each_other_may_be_sent_with_its_defaults(rest: Rest, bus: Bus, model: str) -> None:
+    given = {"image_max_patch_num": -1, "group_request_id": -1, "suggested_dp_index": -1, "move_kv_to_decode_node": None}
+    async with FakeWorker(bus, model):
+        assert (await rest.post("/generate", {"inputs": "Hi", "parameters": given})).status_code == 200
+    refused = await rest.post("/get_score", {"chat": []})
+    assert refused.status_code == 400 and refused.json()["message"].startswith("/get_score: reward models are not supported")
+
+
+async def test_guided_parameters_travel_with_the_job(rest: Rest, bus: Bus, model: str) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    async with FakeWorker(bus, model, serve=all_at_once) as worker:
+        for given in ({"guided_json": schema}, {"guided_json": json.dumps(schema)}, {"regular_constraint": "a+"}, {"guided_grammar": ""}):
+            assert (await rest.post("/generate", {"inputs": "Hi", "parameters": given})).status_code == 200
+    params = [job.params for job in worker.jobs]
+    assert [json.loads(p.guided_json) for p in params[:2]] == [schema, schema]
+    assert (params[2].regular_constraint, params[3].is_guided) == ("a+", False)
+
+
+async def test_the_likeliest_tokens_are_shown_with_the_details_or_refused(rest: Rest, bus: Bus, model: str) -> None:
+    async def with_tops(worker: FakeWorker, job: Job) -> None:
+        await worker.emit(job, replace(run(job, 0, 2, finish="stop"), top_logprobs=(((5, -0.5), (6, -1.0)), ((7, -2.0),))))
+
+    shown = [[{"id": 5, "logprob": -0.5}, {"id": 6, "logprob": -1.0}], [{"id": 7, "logprob": -2.0}]]
+    async with FakeWorker(bus, model, serve=with_tops):
+        detailed = await rest.post("/generate", {"inputs": "Hi", "parameters": {"top_logprobs": 2, "return_details": True}})
+        streamed = await rest.post("/generate_stream", {"inputs": "Hi", "parameters": {"top_logprobs": 2}})
+    assert [token["top_logprobs"] for token in detailed.json()["tokens"]] == shown
+    assert [event["token"]["top_logprobs"] for event in events_of(streamed.text)] == shown
+    refused = await rest.post("/generate", {"inputs": "Hi", "parameters": {"top_logprobs": 2}})
+    assert refused.status_code == 400 and refused.json()["message"].startswith("top_logprobs: are shown in the details")
+
+
+async def test_the_schema_names_every_parameter(rest: Rest) -> None:
+    schema = (await rest.http.get("/openapi.json")).json()
+    body = schema["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert set(body["properties"]["parameters"]["properties"]) == {*DEFAULTS, "return_details"}

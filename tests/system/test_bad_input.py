@@ -34,7 +34,7 @@ async def assert_answers(farm: Farm) -> None:
     (b'{"inputs": ""}', 400, "inputs"), (b'{"inputs": []}', 400, "inputs"), (b'{"inputs": [512]}', 400, "inputs"),
     (b'{"inputs": "x", "parameters": {"top_q": 1}}', 400, "top_q"), (b'{"inputs": "x", "parameters": {"top_p": 2}}', 400, "top_p"),
     (b'{"inputs": "x", "parameters": {"max_new_tokens": 5000}}', 400, "max_new_tokens"),
-    (b'{"inputs": "x", "parameters": {"guided_json": "{}"}}', 400, "guided_json"), (b'{"inputs": "x", "prio": 1}', 400, "prio"),
+    (b'{"inputs": "x", "parameters": {"guided_json": "{"}}', 400, "guided_json"), (b'{"inputs": "x", "prio": 1}', 400, "prio"),
     (b'{"inputs": "' + b"a" * 10_000_000 + b'"}', 413, "body"),
 ])
 async def test_a_bad_request_is_refused_with_the_name_of_its_field(farm: Farm, body: bytes, status: int, field: str) -> None:

@@ -103,7 +103,7 @@ async def test_delete_cancels_from_any_shim_and_twice_is_fine(farm: Farm, second
 
 async def test_a_job_past_its_timeout_ends_as_expired(farm: Farm, http: httpx.AsyncClient) -> None:
     reply = await http.post(f"{farm.url(PD)}/generate", json=LONG, headers={"X-Timeout-S": "0.3"})
-    assert reply.status_code == 504 and "expired" in reply.json()["message"]
+    assert reply.status_code == 408 and "expired" in reply.json()["message"]
     await farm.wait_at_rest(model=PD)
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from coordinator.messages import pack_ids
+from coordinator.messages import TopLogprobs, pack_ids
 from coordinator.sampling import SamplingParams
 from workers.channel import BlockingChannel
 from workers.engine_link import EngineLink
@@ -55,6 +55,7 @@ class Answer:
     logprobs: list[float] = field(default_factory=list)
     finish: str | None = None
     cached_tokens: int = -1
+    tops: list[TopLogprobs | None] = field(default_factory=list)
 
 
 class EngineProcess:
@@ -115,6 +116,7 @@ class EngineProcess:
                 answer.token_ids.append(row.token_id)
                 answer.logprobs.append(row.logprob)
                 answer.finish = row.finish
+                answer.tops.append(row.top_logprobs)
 
     def generate(self, *prompts: list[int], **params: Any) -> list[Answer]:
         """All at once, to their ends."""

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator.errors import InvalidField
 from coordinator.messages import KVLayout, pack_ids
 from coordinator.sampling import SamplingParams
 from tests.workers.paged_double import EOS, PAGE_SIZE, VOCAB_SIZE, LateExecutor, eager_executor, expected_output, logprob_of
@@ -219,6 +220,68 @@ def test_a_row_without_a_number_fails_its_own_sequence_only(make_executor: Calla
     first, *later = [scheduler.complete(step, [0, 5], [float("nan"), -1.0]) for step in steps]
     assert [event.job_id for event in first if isinstance(event, Failed)] == ["a"]
     assert [[row.job_id for row in event.rows] for events in later for event in events if isinstance(event, Tokens)] == [["b"]] * len(later)
+    scheduler.check_integrity()
+
+
+class CountingGuide:
+    """Allows everything; must have heard of every token before it is asked again. Ends after `limit` tokens."""
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+
+    @property
+    def is_finished(self) -> bool:
+        return self._left == 0
+
+    def take(self, token_id: int) -> None:
+        self._left -= 1
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_guided_sequence_waits_for_its_token_while_others_go_on(depth: int) -> None:
+    executor = eager_executor(depth)
+    scheduler = Scheduler(SchedulerSettings(num_pages=32, page_size=PAGE_SIZE, chunk_size=4, max_batch_tokens=8, max_num_seqs=4,
+                                            depth=depth))
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    guided, free = (Sequence(job_id=name, token_ids=prompt, num_prompt=2, max_kv_tokens=20, params=params)
+                    for name, prompt in (("guided", [1, 2]), ("free", [3, 4])))
+    guided.guide = CountingGuide(5)  # type: ignore[assignment]
+    scheduler.add(guided)
+    scheduler.add(free)
+    flights: list[Any] = []
+    finished: dict[str, tuple[int, str | None]] = {}
+    num_steps = 0
+    while scheduler.num_live or flights:
+        step = scheduler.schedule()
+        assert guided not in step.chunks or not guided.num_in_flight
+        if step.chunks:
+            num_steps += 1
+            flights.append((step, executor.launch(scheduler.batch(step), step.sampled)))
+            scheduler.advance(step)
+        if len(flights) >= depth or not step.chunks:
+            done, flight = flights.pop(0)
+            for event in scheduler.complete(done, *flight.result()):
+                assert isinstance(event, Tokens)
+                finished |= {row.job_id: (row.output_index, row.finish) for row in event.rows if row.finish}
+        scheduler.check_integrity()
+    assert finished == {"guided": (4, "stop"), "free": (11, "length")}
+    assert num_steps == 12, "the other one never waited"
+
+
+def test_a_guide_that_cannot_go_on_fails_its_own_sequence_by_its_field() -> None:
+    class Stuck(CountingGuide):
+        def take(self, token_id: int) -> None:
+            raise InvalidField("guided_json", "is too ambiguous")
+
+    scheduler = Scheduler(SchedulerSettings(num_pages=32, page_size=PAGE_SIZE, chunk_size=4, max_batch_tokens=8, max_num_seqs=4, depth=2))
+    for name in "ab":
+        scheduler.add(Sequence(job_id=name, token_ids=[ord(name)], num_prompt=1, params=SamplingParams(max_new_tokens=9), max_kv_tokens=9))
+    scheduler._sequences["a"].guide = Stuck(5)  # type: ignore[assignment]
+    step = scheduler.schedule()
+    scheduler.advance(step)
+    tokens, failed = scheduler.complete(step, [0, 5], [-1.0, -1.0])
+    assert failed == Failed(job_id="a", error="is too ambiguous", field="guided_json")
+    assert isinstance(tokens, Tokens) and [row.job_id for row in tokens.rows] == ["b"]
     scheduler.check_integrity()
 
 

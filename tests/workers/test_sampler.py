@@ -226,3 +226,62 @@ def test_a_row_without_numbers_does_not_disturb_its_batch_mates() -> None:
     token_ids, logprobs = sample(logits, *(make_sequence([1], [], **given_params) for given_params in params))
     assert ([token_ids[0]], [logprobs[0]]) == expected[0] and ([token_ids[2]], [logprobs[2]]) == expected[2]
     assert not logprobs[1] > -inf
+
+
+# ---- biases, likeliest tokens, guides ----
+
+
+class FixedGuide:
+    """Allows these tokens, always."""
+
+    is_finished = False
+
+    def __init__(self, vocab_size: int, *allowed: int) -> None:
+        self._words = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+        for token_id in allowed:
+            self._words[token_id // 32] |= np.uint32(1 << token_id % 32)
+
+    def mask(self) -> np.ndarray[Any, Any]:
+        return self._words.view(np.int32)
+
+
+def test_a_bias_is_added_after_penalties() -> None:
+    logits = random_logits(1, 50)
+    changed = adjusted(logits, make_sequence([1], [7, 7], logit_bias=((7, 5.0), (9, -100.0)), repetition_penalty=2.0))
+    expected = RepetitionPenaltyLogitsProcessor(2.0)(torch.tensor([[7, 7]]), logits.clone())
+    expected[0, 7] += 5.0
+    expected[0, 9] -= 100.0
+    assert torch.allclose(changed, expected)
+    assert sample(logits, make_sequence([1], [], logit_bias=((31, 100.0),)))[0] == [31]
+
+
+@pytest.mark.parametrize("vocab_size", [32, 50, 64, 97])
+def test_a_guide_lets_only_its_tokens_through(vocab_size: int) -> None:
+    logits = random_logits(3, vocab_size)
+    for seed in range(20):
+        sequences = [make_sequence([1], [], do_sample=True, seed=seed, temperature=3.0, regular_constraint="x") for _ in range(3)]
+        sequences[0].guide, sequences[2].guide = FixedGuide(vocab_size, 0, 31), FixedGuide(vocab_size, vocab_size - 1)  # type: ignore[assignment]
+        token_ids, logprobs = sample(logits, *sequences)
+        assert token_ids[0] in (0, 31) and (token_ids[2], logprobs[2]) == (vocab_size - 1, 0.0)
+        pair = logits[0, [0, 31]].log_softmax(-1)
+        assert logprobs[0] == pytest.approx(float(pair[(0, 31).index(token_ids[0])]), abs=1e-5)
+
+
+def test_the_likeliest_tokens_are_told_before_temperature_and_after_penalties() -> None:
+    logits = random_logits(3, 200)
+    sequences = [make_sequence([1], [], top_logprobs=5, do_sample=True, seed=3, temperature=0.2, top_k=2), make_sequence([1], []),
+                 make_sequence([1], [], top_logprobs=3, logit_bias=((8, 50.0),))]
+    _, logprobs = sample(logits, *sequences)
+    assert [len(sequence.tops) for sequence in sequences] == [1, 0, 1]
+    expected = logits[0].log_softmax(-1).topk(5)
+    told = sequences[0].tops[0]()
+    assert [token_id for token_id, _ in told] == expected.indices.tolist()
+    assert [logprob for _, logprob in told] == pytest.approx(expected.values.tolist(), abs=1e-5)
+    biased = sequences[2].tops[0]()
+    assert len(biased) == 3 and biased[0] == (8, logprobs[2])
+
+
+def test_tokens_that_cannot_come_are_not_among_the_likeliest() -> None:
+    sequence = make_sequence([1], [], top_logprobs=20, allowed_token_ids=(4, 5))
+    sample(random_logits(1, 100), sequence)
+    assert {token_id for token_id, _ in sequence.tops[0]()} == {4, 5}
