@@ -42,7 +42,7 @@ lint: $(VENV)/.dev
 
 # One thread: the tests' models are tiny, and several farms share the cores with them.
 test: $(VENV)/.dev lint $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not chaos and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not chaos and not gpu and not clients"
 
 test-chaos: $(VENV)/.dev $(MODEL)/config.json
 	$(BIN)/python -m pytest tests -m chaos

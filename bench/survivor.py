@@ -28,7 +28,7 @@ class Ledger:
         self._path = path
         self._deadline = deadline                  # of time.time(): after it no new case is begun
         self.entries: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
-        self._begun_at = time.monotonic()
+        self._begun_at: float | None = None   # of the case under way
         threading.Thread(target=self._watch, name="hung case watch", daemon=True).start()
 
     @property
@@ -37,21 +37,22 @@ class Ledger:
 
     def begin(self, key: str) -> bool:
         """False if it has been tried before or the time is over."""
-        self._begun_at = time.monotonic()
         if key in self.entries or self.is_time_over:
             return False
         self.finish(key, {"error": "the process died or hung in this case"})
+        self._begun_at = time.monotonic()
         return True
 
     def finish(self, key: str, entry: dict[str, Any]) -> None:
         self.entries[key] = entry
         write_json(self._path, self.entries)
-        self._begun_at = time.monotonic()
+        self._begun_at = None
 
     def _watch(self) -> None:
         while True:
             time.sleep(1.0)
-            if time.monotonic() - self._begun_at > CASE_LIMIT_S:
+            begun_at = self._begun_at
+            if begun_at is not None and time.monotonic() - begun_at > CASE_LIMIT_S:
                 print(f"no progress for {CASE_LIMIT_S:g} s: given up", flush=True)
                 os._exit(HUNG_STATUS)
 

@@ -22,7 +22,7 @@ TRUSTED_PATHS = frozenset({"/bootstrap"})                                    # t
 OWN_BODY_LIMIT = frozenset({"/v1/files"})                                    # streamed to a store that bounds them itself
 _TAGGED_HEADERS = frozenset({b"x-job-id", b"idempotency-key"})
 _JOB_PATH = re.compile(r"/jobs/([^/]+)(/stream)?")
-_MADE_HERE = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}(-[0-9])?")  # a job without a name of its own
+_MADE_HERE = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}(-[0-9]{1,4})?")  # without a name of its own
 _OPENAI_TYPES = {401: "invalid_request_error", 403: "permission_error", 413: "invalid_request_error"}
 _OPENAI_CODES = {401: "invalid_api_key", 403: "not_allowed", 413: "body_too_large"}
 

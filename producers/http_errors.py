@@ -67,7 +67,8 @@ async def _on_tokenmill_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return Json({"message": f"{request.method} {request.url.path}: {error.detail}"}, status_code=error.status_code, headers=error.headers)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return Json(_in_shape(request, message, error.status_code), status_code=error.status_code, headers=error.headers)
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:
@@ -76,4 +77,12 @@ async def _on_disconnect(request: Request, error: Exception) -> Response:
 
 async def _on_bug(request: Request, error: Exception) -> Response:
     # The server logs the traceback.
-    return Json({"message": "internal error; the log has the details"}, status_code=500)
+    return Json(_in_shape(request, "internal error; the log has the details", 500), status_code=500)
+
+
+def _in_shape(request: Request, message: str, status: int) -> dict[str, Any]:
+    """What no router has answered, in the shape of the surface that was asked."""
+    if not request.url.path.startswith("/v1/"):
+        return {"message": message}
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": "not_found" if status == 404 else None}}

@@ -99,6 +99,8 @@ async def _whole(shim: Shim, request: Request, plan: OpenAIPlan, shape: Shape, o
     async with open_while_connected(request.receive, handles, shim.spawn, resume_grace_s=_grace(shim, options)):
         await _submit_all(shim, plan, options, given, handles)
         results = await asyncio.gather(*(_result(shim, handle) for handle in handles))
+        if plan.asked.is_kept:   # so that it can be asked for as soon as it has been given
+            await asyncio.gather(*(shim.client.final_record(handle.job_id) for handle in handles))
     return Json(_writer(request).whole(shape, given or _parent_id(handles), results), headers=_headers(handles))
 
 

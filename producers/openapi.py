@@ -7,13 +7,8 @@ names its field in our own words.
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import APIRouter
-from starlette.requests import Request
-from starlette.responses import Response
-
 from coordinator.messages import CLASSES
 from coordinator.sampling import DEFAULTS, MAX_ALLOWED_TOKEN_IDS, MAX_N, MAX_STOP_CHARS, MAX_STOP_SEQUENCES, MAX_STOP_TOKENS
-from producers.http_errors import Json
 from producers.job_options import LONGEST_TIMEOUT_S, MAX_TENANT_CHARS
 
 Schema = dict[str, Any]
@@ -160,11 +155,3 @@ def document(*parts: Mapping[str, Schema]) -> Schema:
     return {"openapi": "3.1.0", "info": {"title": "tokenmill", "version": "1"},
             "paths": {path: operations for part in parts for path, operations in part.items()},
             "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}}
-
-
-async def show(request: Request) -> Response:
-    return Json(document(LIGHTLLM_PATHS))
-
-
-router = APIRouter()
-router.add_route("/openapi.json", show, methods=["GET"])

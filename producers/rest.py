@@ -19,7 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from coordinator import lifeline
 from coordinator.errors import TokenmillError
-from producers import batch_api, http_errors, jobs_api, lightllm_api, openai_api, openapi, service_api
+from producers import batch_api, http_errors, jobs_api, lightllm_api, openai_api, openapi_page, service_api
 from producers.access import Access
 from producers.api_keys import KeyRing
 from producers.batch_runner import BatchRunner
@@ -34,7 +34,7 @@ except ImportError:  # Windows
     uvloop = None  # type: ignore[assignment]
 
 BACKLOG = 4096
-ROUTERS = (openapi.router, service_api.router, jobs_api.router, lightllm_api.router, openai_api.router, batch_api.router)
+ROUTERS = (openapi_page.router, service_api.router, jobs_api.router, lightllm_api.router, openai_api.router, batch_api.router)
 
 
 def create_app(settings: RestSettings) -> FastAPI:

@@ -14,7 +14,7 @@ import pytest
 from tests.system.farm import Farm
 from workers.demo_model import fetch_demo
 
-pytestmark = [pytest.mark.system, pytest.mark.services, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.clients, pytest.mark.system, pytest.mark.services, pytest.mark.timeout(600)]
 
 FOLDER = Path(__file__).parent
 MODEL = "demo"

@@ -322,8 +322,15 @@ async def test_a_background_chat_is_asked_for_by_its_id_until_it_is_there(chat_r
 
 
 async def test_a_stored_answer_is_given_again_as_it_was(rest: Rest, bus: Bus, model: str) -> None:
-    async with FakeWorker(bus, model):
-        first = (await complete(rest, model, store=True, logprobs=0)).json()
+    async def with_a_late_record(worker: FakeWorker, job: Job) -> None:
+        end = run(job, 0, 2, finish="length")
+        await worker.append(end, origin=job.origin)
+        await asyncio.wait({asking}, timeout=0.3)      # a shim that does not wait for the record answers here
+        await worker.emit(job, end)
+
+    async with FakeWorker(bus, model, serve=with_a_late_record):
+        asking = asyncio.ensure_future(complete(rest, model, store=True, logprobs=0))
+        first = (await asking).json()
     assert (await rest.http.get(f"/v1/completions/{first['id']}")).json() == {**first, "status": "completed"}
 
 
@@ -334,3 +341,9 @@ async def test_forgetting_a_background_answer_cancels_what_is_not_over(chat_rest
         assert (await chat_rest.http.delete(path)).json() == {"id": begun["id"], "object": "chat.completion.deleted", "deleted": True}
         gone = await chat_rest.http.get(path)
         assert gone.status_code == 404 and gone.json()["error"]["code"] == "not_found"
+
+
+async def test_what_is_not_there_is_told_in_openais_shape(rest: Rest) -> None:
+    for path, status in (("/v1/nothing", 404), ("/v1/chat/completions", 405)):
+        response = await rest.http.get(path)
+        assert response.status_code == status and response.json()["error"]["type"] == "invalid_request_error"
