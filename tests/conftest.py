@@ -14,11 +14,16 @@ from pathlib import Path
 import hypothesis
 import pytest
 import redis
+import torch
 
 from coordinator import subjects
 from coordinator.bus import Bus
 from coordinator.connection import ApiError
 from coordinator.embedded import EmbeddedServices
+
+# Triton kernels are interpreted where there is no GPU. That is decided when they are imported, whichever test is the first to do so.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Imported here and early: its pytest plugin would import it in mid-run, from deep inside a hook. Deadlines measure the machine, not us.
 hypothesis.settings.register_profile("tokenmill", deadline=None)

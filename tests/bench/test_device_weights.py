@@ -54,8 +54,8 @@ def test_a_model_is_built_from_them_and_leaves_nothing_unread(changes: dict[str,
 
 
 def test_fp8_weights_stay_fp8_where_that_is_asked_for() -> None:
-    config = ModelConfig.parse(tiny("deepseek-v3", hidden_size=256, quantization_config=FP8))
-    kept = RandomWeights(config, torch.float32, CPU, keeps_fp8=True).linear(["model.layers.0.mlp.down_proj.weight"], [256, 96])
+    config = ModelConfig.parse(tiny("deepseek-v3", hidden_size=256, intermediate_size=384, quantization_config=FP8))
+    kept = RandomWeights(config, torch.float32, CPU, keeps_fp8=True).linear(["model.layers.0.mlp.down_proj.weight"], [256, 384])
     assert isinstance(kept, BlockFp8) and kept.dequantized(torch.float32).std() == pytest.approx(0.02, rel=0.2)
 
 
