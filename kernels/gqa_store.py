@@ -80,4 +80,5 @@ def _gqa_store_kernel(heads, rotations, positions, slots, cache, token_stride, p
     tl.store(in_heads, rotated, mask=is_inside & is_rotated)
     plane = tl.where(is_rotated, 0, plane_stride)
     row = slot * NUM_KV + head - tl.where(is_rotated, NUM_HEADS, NUM_HEADS + NUM_KV)
-    tl.store(cache + plane + row * DIM + column, rotated, mask=is_inside & (head >= NUM_HEADS) & (slot >= 0))
+    # A padding row's slot is -1, so its rows are negative (asked of the block: the interpreter widens a scalar truth to int32).
+    tl.store(cache + plane + row * DIM + column, rotated, mask=is_inside & (head >= NUM_HEADS) & (row >= 0))
