@@ -40,9 +40,9 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# One thread: the tests' models are tiny, and several farms share the cores with them.
+# One thread: the tests' models are tiny, and several farms share the cores with them. Two processes, each with servers of its own.
 test: $(VENV)/.dev lint $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not chaos and not gpu and not clients"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not chaos and not gpu and not clients" -n 2 --dist loadfile
 
 test-chaos: $(VENV)/.dev $(MODEL)/config.json
 	$(BIN)/python -m pytest tests -m chaos

@@ -12,6 +12,7 @@ from coordinator.bus import Bus
 from coordinator.errors import Unavailable
 from coordinator.store import Store, WorkerView, owner_name
 from coordinator.subjects import OUT_MAX_AGE_S
+from coordinator.tasks import end
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,7 @@ class Watcher:
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end([self._task])
 
     async def _watch_forever(self) -> None:
         while True:

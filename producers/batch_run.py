@@ -14,6 +14,7 @@ import orjson
 from coordinator.batch_store import LAST_STATUSES
 from coordinator.errors import Unavailable
 from coordinator.store import LEASE_S
+from coordinator.tasks import end
 from producers.batch_answers import ERRORS, OUTPUT, BatchAnswers, Desk
 from producers.batch_check import check_lines
 from producers.batch_jobs import BatchJobs
@@ -47,9 +48,7 @@ class BatchRun:
             for task in done:
                 task.result()
         finally:
-            work.cancel()
-            beat.cancel()
-            await asyncio.gather(work, beat, return_exceptions=True)
+            await end([work, beat])
             await self._jobs.close()
 
     async def _work(self) -> None:

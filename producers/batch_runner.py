@@ -12,6 +12,7 @@ import orjson
 from coordinator.batch_store import LEADER_S, BatchStore
 from coordinator.errors import Unavailable
 from coordinator.messages import check_id
+from coordinator.tasks import end
 from producers.batch_answers import Desk
 from producers.batch_endpoints import Endpoints
 from producers.batch_files import Files
@@ -50,10 +51,7 @@ class BatchRunner:
 
     async def close(self) -> None:
         """Let go of what is led here: another shim goes on at once."""
-        tasks = [*self._runs.values(), *([self._looking] if self._looking else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end([*self._runs.values(), *([self._looking] if self._looking else [])])
 
     async def create(self, asked: Asked, idempotency_key: str = "") -> Batch:
         """The batch; with a key that was used before, the batch of that time. Raises Unavailable."""

@@ -6,7 +6,6 @@ their sequence in the stream.
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +15,7 @@ from coordinator import subjects
 from coordinator.bus import Bus
 from coordinator.errors import TokenmillError
 from coordinator.messages import FinalRecord, Finish, Job, TokenRun, unpack_floats, unpack_ids, unpack_tops
+from coordinator.tasks import end
 from producers.job_stream import JobStream
 
 log = logging.getLogger(__name__)
@@ -64,9 +64,7 @@ class CatchUp:
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end([self._task])
 
     def want(self, job_id: str) -> None:
         """This job is known to be behind."""

@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from coordinator.errors import JobFailed, ReadElsewhere
 from coordinator.messages import Finish, TokenRun
+from coordinator.tasks import end
 from producers.event_stream import Spawn, open_while_connected
 from producers.job_handle import JobHandle
 from producers.openai_answers import GOOD, Show, empty_logprobs, finish_reason, usage
@@ -182,6 +183,4 @@ async def _merged(handles: Sequence[JobHandle]) -> AsyncIterator[Arrival]:
             num_open -= arrival[1] is None
             yield arrival
     finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
+        await end(pumps)

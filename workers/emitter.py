@@ -11,6 +11,7 @@ from coordinator import subjects
 from coordinator.bus import Bus, Chain
 from coordinator.errors import Fenced
 from coordinator.messages import Frame, TokenRun
+from coordinator.tasks import end
 from workers.active_job import ActiveJob
 
 log = logging.getLogger(__name__)
@@ -50,9 +51,7 @@ class Emitter:
 
     async def close(self) -> None:
         """Stop sending at once; what is not stored stays unsaid."""
-        for lane in self._lanes.values():
-            lane.close()
-        await asyncio.gather(*(lane.task for lane in self._lanes.values()), return_exceptions=True)
+        await end(lane.task for lane in self._lanes.values())
 
 
 class _Lane:
@@ -75,9 +74,6 @@ class _Lane:
         self._waiting[active.key] = active
         self.idle.clear()
         self._wake.set()
-
-    def close(self) -> None:
-        self.task.cancel()
 
     async def _send_forever(self) -> None:
         try:

@@ -32,6 +32,7 @@ from coordinator.messages import (
     unpack_tops,
 )
 from coordinator.store import LeaseLapsed, Store, owner_name
+from coordinator.tasks import end
 from coordinator.tokenizer import Tokenizer
 from workers.active_job import ActiveJob, Phase, open_job
 from workers.engine_link import EngineLink
@@ -171,9 +172,7 @@ class Giver:
 
     async def close(self) -> None:
         await self._requests.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(self._tasks)
 
 
 class Taker:

@@ -16,6 +16,7 @@ from coordinator.bus import Bus, Message
 from coordinator.errors import Fenced, Unavailable
 from coordinator.store import Blame, Store
 from coordinator.subjects import model_token
+from coordinator.tasks import end
 from coordinator.tokenizer import Tokenizer
 from workers.active_job import Phase
 from workers.emitter import Emitter
@@ -207,9 +208,7 @@ class Incarnation:
             self._taker.abandon()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._pulling.settle(), SETTLE_S)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(self._tasks)
         await self._cancels.close()
         if self._giver is not None:
             await self._giver.close()

@@ -8,6 +8,7 @@ from typing import Any
 
 from coordinator.errors import Unavailable
 from coordinator.store import OwnedJob, Store
+from coordinator.tasks import end
 
 log = logging.getLogger(__name__)
 
@@ -71,5 +72,4 @@ class Lease:
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end([self._task])

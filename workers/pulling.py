@@ -10,6 +10,7 @@ from coordinator import subjects
 from coordinator.bus import Bus, Delivery, Puller
 from coordinator.errors import Unavailable
 from coordinator.messages import CLASSES
+from coordinator.tasks import end
 
 log = logging.getLogger(__name__)
 
@@ -159,9 +160,7 @@ class Pulling:
 
     async def close(self) -> None:
         """Take nothing more; what arrived and was not taken up goes back to the queue. A second call does nothing."""
-        for loop in self._loops:
-            loop.cancel()
-        await asyncio.gather(*self._loops, return_exceptions=True)
+        await end(self._loops)
         await self._puller.close()
 
     async def settle(self) -> None:

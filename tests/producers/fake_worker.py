@@ -12,7 +12,8 @@ from typing import Self
 from coordinator import subjects
 from coordinator.bus import Bus, Chain, Delivery, Puller
 from coordinator.fold import Shown
-from coordinator.messages import CLASSES, Finish, FinishReason, Frame, Job, TokenRun
+from coordinator.messages import CLASSES, FinalRecord, Finish, FinishReason, Frame, Job, TokenRun
+from coordinator.tasks import end
 
 MAX_HELD = 1000
 
@@ -48,6 +49,7 @@ class FakeWorker:
         self._chains: dict[str, Chain] = {}
         self._shown: dict[str, Shown] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._commits: set[asyncio.Task[FinalRecord]] = set()    # a reader of the last token may close us before its record is stored
 
     async def __aenter__(self) -> Self:
         self._cancels = await self.bus.subscribe("cancel.*", lambda message: self.cancelled.put_nowait(message.subject.partition(".")[2]))
@@ -56,9 +58,8 @@ class FakeWorker:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in (self._pulling, *self._tasks):
-            task.cancel()
-        await asyncio.gather(self._pulling, *self._tasks, return_exceptions=True)
+        await end([self._pulling, *self._tasks])
+        await asyncio.gather(*self._commits, return_exceptions=True)
         await self._puller.close()
         await self._cancels.close()
 
@@ -75,7 +76,9 @@ class FakeWorker:
         for r in runs:
             shown.add(f"{self.name}.{self.incarnation}", r)
         if shown.finish is not None:
-            await self.bus.put_result(shown.record(job))
+            commit = asyncio.create_task(self.bus.put_result(shown.record(job)))
+            self._commits.add(commit)
+            await asyncio.shield(commit)
 
     async def _pull(self) -> None:
         for klass, lane in product(CLASSES, subjects.job_lanes()):

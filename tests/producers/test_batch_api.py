@@ -11,6 +11,7 @@ import pytest
 
 from coordinator.bus import Bus
 from coordinator.messages import Job
+from coordinator.tasks import end
 from tests.producers.conftest import OpenRest, Rest
 from tests.producers.fake_worker import FakeWorker, all_at_once, answer, run
 
@@ -221,7 +222,7 @@ async def test_a_full_queue_makes_a_batch_wait_and_loses_nothing(open_rest: Open
     async with (open_rest(files_dir=str(tmp_path), max_queued_tokens=20) as shim, FakeWorker(bus, model, serve=all_at_once) as worker):
         finished = asyncio.create_task(_finish_all(shim, worker))
         batch = await wait_over(shim, await submit(shim, [line(f"r{i}") for i in range(9)]))
-        finished.cancel()
+        await end([finished])
     assert batch["request_counts"] == {"total": 9, "completed": 9, "failed": 0}
 
 
