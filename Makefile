@@ -50,6 +50,8 @@ test-chaos: $(VENV)/.dev $(MODEL)/config.json
 test-api: $(VENV)/.dev $(MODEL)/config.json
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,clients]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/clients
+	test -x $(VENV)-litellm/bin/litellm || ($(PYTHON) -m venv $(VENV)-litellm && $(VENV)-litellm/bin/pip install --quiet litellm)
+	TOKENMILL_CLIENTS_PYTHON=$(VENV)-litellm/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/clients -k "litellm or held"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/system/test_api_schema.py -m chaos --timeout 1600
 
 # Kernels compile for the GPU that is there; without one the target fails.
@@ -61,4 +63,4 @@ bench: $(VENV)/.dev $(MODEL)/config.json
 	$(BIN)/python -m bench.farm --model_dir $(MODEL)
 
 clean:
-	rm -rf $(VENV) state .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-litellm state .pytest_cache .mypy_cache .ruff_cache

@@ -255,8 +255,8 @@ _CHECKS: dict[str, Any] = {
     "top_p": _number(0.0, 1.0, above=True),
     "top_k": _top_k,
     "min_p": _number(0.0, 1.0),
-    "presence_penalty": _number(0.0),
-    "frequency_penalty": _number(0.0),
+    "presence_penalty": _number(-2.0),     # OpenAI's lower bound; LightLLM's range has no upper one
+    "frequency_penalty": _number(-2.0),
     "repetition_penalty": _number(1.0),
     "exponential_decay_length_penalty": _decay,
     "stop_sequences": _stop_sequences,

@@ -44,7 +44,7 @@ def text(max_chars: int) -> Schema:
 PARAMETERS: dict[str, Schema] = {
     "best_of": integer(1, MAX_N), "n": integer(1, MAX_N), "do_sample": boolean(), "temperature": number(0),
     "top_p": number(0, 1, above=True), "top_k": {"anyOf": [{"const": -1}, integer(1)]}, "min_p": number(0, 1),
-    "presence_penalty": number(0), "frequency_penalty": number(0),
+    "presence_penalty": number(-2), "frequency_penalty": number(-2),
     "repetition_penalty": number(1),
     "exponential_decay_length_penalty": {
         "type": ["array", "null"], "minItems": 2, "maxItems": 2,

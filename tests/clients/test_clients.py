@@ -29,7 +29,7 @@ def farm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farm]:
     with Farm(tmp_path_factory.mktemp("clients"), model_dir, model=MODEL) as started:
         started.worker("prefill", "prefill-1")
         started.worker("decode", "decode-1")
-        started.rest(wait=False)
+        started.rest("rest", "--files_dir", str(tmp_path_factory.mktemp("files")), wait=False)
         started.wait_ready()
         yield started
 

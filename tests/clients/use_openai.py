@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import time
 
 import openai
 from pydantic import BaseModel
@@ -52,12 +53,12 @@ async def at_once(expected: str) -> None:
 
 def chosen(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=QUESTION, n=2, seed=5, temperature=1, max_tokens=4, logprobs=True,
-                                            top_logprobs=3, stop=["\n"], presence_penalty=0.5, frequency_penalty=0.5)
+                                            top_logprobs=3, stop=["\n"], presence_penalty=0.5, frequency_penalty=-0.5)
     assert [choice.index for choice in answer.choices] == [0, 1]
     for told in answer.choices[0].logprobs.content:
         assert told.logprob <= 0 and len(told.top_logprobs) == 3
     again = client.chat.completions.create(model=MODEL, messages=QUESTION, n=2, seed=5, temperature=1, max_tokens=4, stop=["\n"],
-                                           presence_penalty=0.5, frequency_penalty=0.5)
+                                           presence_penalty=0.5, frequency_penalty=-0.5)
     assert [c.message.content for c in again.choices] == [c.message.content for c in answer.choices]
     forced = client.completions.create(model=MODEL, prompt="Hi", max_tokens=3, temperature=0, logit_bias={"42": 100}, logprobs=1)
     assert len(set(forced.choices[0].logprobs.tokens)) == 1
@@ -97,6 +98,25 @@ def kept(client: openai.OpenAI) -> None:
     assert shown.choices[0].message.content is not None
 
 
+def in_a_batch(client: openai.OpenAI, expected: str) -> None:
+    body = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_completion_tokens": 16}
+    lines = [{"custom_id": f"line-{i}", "method": "POST", "url": "/v1/chat/completions", "body": body} for i in range(5)]
+    lines.append({**lines[0], "custom_id": "bad", "body": {**body, "temperature": -1}})
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    file = client.files.create(file=("in.jsonl", content), purpose="batch")
+    assert client.files.content(file.id).read() == content and file.id in [one.id for one in client.files.list()]
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h", metadata={"a": "b"})
+    while (batch := client.batches.retrieve(batch.id)).status not in ("completed", "failed", "expired", "cancelled"):
+        time.sleep(0.1)
+    assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 5, 1), batch
+    rows = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+    assert sorted(row["custom_id"] for row in rows) == [f"line-{i}" for i in range(5)]
+    assert {row["response"]["body"]["choices"][0]["message"]["content"] for row in rows} == {expected}
+    [error] = [json.loads(line) for line in client.files.content(batch.error_file_id).text.splitlines()]
+    assert error["custom_id"] == "bad" and error["response"]["status_code"] == 400
+    assert batch.id in [one.id for one in client.batches.list()] and client.files.delete(file.id).deleted
+
+
 def refused(client: openai.OpenAI) -> None:
     for fields, kind in (({"model": "nobody"}, openai.NotFoundError), ({"temperature": -1}, openai.BadRequestError),
                          ({"extra_body": {"mood": 1}}, openai.BadRequestError)):
@@ -117,6 +137,7 @@ def main() -> None:
         with_tools(client)
         held_to_a_schema(client)
         kept(client)
+        in_a_batch(client, expected)
         refused(client)
 
 

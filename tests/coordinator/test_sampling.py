@@ -9,7 +9,7 @@ from coordinator.sampling import DEFAULTS, SamplingParams
 @pytest.mark.parametrize(("field", "value"), [
     ("temperature", -0.1), ("temperature", float("nan")), ("temperature", "1"), ("temperature", True),
     ("top_p", 0.0), ("top_p", 1.01), ("top_k", 0), ("top_k", -2), ("top_k", 1.5),
-    ("presence_penalty", -1), ("frequency_penalty", -0.5), ("repetition_penalty", 0.9),
+    ("presence_penalty", -2.1), ("frequency_penalty", -3), ("repetition_penalty", 0.9),
     ("max_new_tokens", 0), ("max_new_tokens", 1.0), ("min_new_tokens", 0), ("best_of", 9), ("n", 0),
     ("do_sample", 1), ("ignore_eos", "true"), ("seed", -1), ("seed", 2**64),
     ("exponential_decay_length_penalty", [1]), ("exponential_decay_length_penalty", [-1, 1.0]),

@@ -137,7 +137,7 @@ PARAMETERS = [
     ({"top_p": 0}, "top_p: must be above 0"),
     ({"top_p": 1.5}, "top_p: must be above 0 and at most 1"),
     ({"top_k": 0}, "top_k: must be -1"),
-    ({"presence_penalty": -0.5}, "presence_penalty: must be at least 0"),
+    ({"presence_penalty": -2.5}, "presence_penalty: must be at least -2"),
     ({"repetition_penalty": 0.5}, "repetition_penalty: must be at least 1"),
     ({"n": 9}, "n: must be between 1 and 8"),
     ({"n": 2, "best_of": 3}, "n: must equal best_of"),

@@ -209,7 +209,7 @@ async def test_log_probabilities_name_tokens_and_their_rivals(chat_rest: Rest, b
     ({"mood": 1}, "mood"), ({"functions": []}, "functions"), ({"reasoning_effort": "low"}, "reasoning_effort"),
     ({"temperature": "hot"}, "temperature"), ({"temperature": -1}, "temperature"), ({"n": 99}, "n"), ({"stop": [1]}, "stop"),
     ({"stop": [""]}, "stop"), ({"max_tokens": 0}, "max_tokens"),
-    ({"max_tokens": 5000}, "max_tokens"), ({"presence_penalty": -1}, "presence_penalty"),
+    ({"max_tokens": 5000}, "max_tokens"), ({"presence_penalty": -2.5}, "presence_penalty"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"), ({"logit_bias": {"300": 1}}, "logit_bias"),
     ({"logit_bias": {"x": 1}}, "logit_bias"), ({"logit_bias": {"1": 101}}, "logit_bias"), ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"stream_options": {"include_usage": True}}, "stream_options"),
