@@ -1,6 +1,7 @@
 """The farm's own figures in one run on this machine, each beside its bar: `python -m bench.farm --model_dir models/smollm2-135m-instruct`.
 
-Measured: one stream and many against transformers on the same model, time to first token, and what the queue path adds to it.
+Measured: one stream and many against transformers on the same model, time to first token, what a saturating batch in the background costs
+those who wait, and what the queue path adds to the first token.
 Close other programs first: the figures are ratios taken in turn, but the machine is small.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import farm_figures
+from bench import background_figures, farm_figures
 from bench.engine_peer import running_engine
 from bench.farm_process import FarmFailed, running_farm
 from bench.http_stream import Target
@@ -31,9 +32,10 @@ from workers.settings import EngineSettings
 
 DEMO_DIR = Path("models/smollm2-135m-instruct")
 RESULTS = Path("bench/results/farm_cpu")
-SECTIONS = ("single", "many", "first", "queue")
+SECTIONS = ("single", "many", "first", "batch", "queue")
 TITLE = "tokenmill on CPU"
 PLAIN_WIDTH = 170  # of the table in a log file
+BATCH_REQUESTS = 40   # of a round, alone and beside the batch
 TINY_POOL_TOKENS, TINY_MAX_TOKENS = 65_536, 2048
 
 
@@ -74,14 +76,17 @@ class Bench:
         sections, rounds = self._arguments.sections, self._arguments.rounds
         target = Target.parse(url.rstrip("/") + farm_figures.LIGHTLLM.path)
         prompts = farm_figures.Prompts(vocab_size_of(self._arguments.model_dir), self._arguments.seed)
-        peer = TransformersPeer(self._arguments.model_dir, self._num_threads or usable_cores())
+        needs_peer = {"single", "first"} & set(sections)
+        peer = TransformersPeer(self._arguments.model_dir, self._num_threads or usable_cores()) if needs_peer else None
         rows: list[Row] = []
-        if "single" in sections:
+        if "single" in sections and peer:
             rows += farm_figures.single_stream(target, peer, prompts, rounds, self._step("single stream", rounds + 1))
         if "many" in sections:
             rows += farm_figures.many_clients(target, prompts, rounds, self._step("many clients", rounds + 1))
-        if "first" in sections:
+        if "first" in sections and peer:
             rows += farm_figures.first_token(target, peer, prompts, 2 * rounds, self._step("first token", 2 * rounds + 1))
+        if "batch" in sections:
+            rows += asyncio.run(background_figures.beside_batch(url, prompts, rounds, BATCH_REQUESTS, self._step("batch", 2 * rounds)))
         return rows
 
     def _queue_rows(self) -> list[Row]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from coordinator.detokenizer import IncrementalDetokenizer
 from coordinator.fold import Shown
-from coordinator.messages import FinalRecord, Finish, Job, TokenRun, TopLogprobs
+from coordinator.messages import CLASSES, FinalRecord, Finish, Job, TokenRun, TopLogprobs
 from coordinator.stop_strings import StopStringMatcher
 from coordinator.tokenizer import Tokenizer
 from workers.engine_messages import Failed, Pinned, TokenRow
@@ -48,6 +48,10 @@ class ActiveJob:
     is_swept: bool = True              # Redis knows everybody who may have emitted for it; false after it was asserted
     pending: list[TokenRun] = field(default_factory=list)
     early: list[TokenRow | Pinned | Failed] = field(default_factory=list)   # what the engine said while CLAIMING
+
+    @property
+    def is_background(self) -> bool:
+        return self.job.klass == CLASSES[-1]
 
     @property
     def num_output(self) -> int:

@@ -235,7 +235,7 @@ def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None], 
         role=settings.role,  # type: ignore[arg-type]
         num_pages=cache.num_pages, page_size=sizes.page_size, chunk_size=sizes.chunk_size, max_num_seqs=sizes.max_num_seqs,
         max_batch_tokens=sizes.chunk_size + sizes.max_num_seqs, eos_ids=frozenset(config.eos_ids), prefix_cache=settings.use_prefix_cache,
-        depth=executor.depth))
+        depth=executor.depth, background_tokens=sizes.background_tokens))
     layout = cache.layout(settings.model_name)
     limits = Limits(vocab_size=config.vocab_size, max_seq_len=sizes.max_seq_len, prefill_only=settings.role == "prefill")
     grammars = Grammars(Path(settings.model_dir), config.vocab_size, sorted(config.eos_ids))

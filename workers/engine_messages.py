@@ -42,6 +42,7 @@ class AddSequence:
     token_ids: bytes      # packed u32
     num_prompt: Count
     params: Params        # with the seed filled in when do_sample
+    is_background: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,7 @@ class ImportSequence:
     source: PoolAddress
     page_ids: tuple[Count, ...]  # pages of the source in token order
     layout: KVLayout
+    is_background: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

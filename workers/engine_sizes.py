@@ -14,6 +14,7 @@ from workers.settings import EngineSettings
 CPU_PAGE_SIZE, GPU_PAGE_SIZE = 16, 64
 CPU_CHUNK_SIZE, GPU_CHUNK_SIZE = 512, 8192
 CPU_MAX_SEQS, GPU_MAX_SEQS = 64, 256
+CPU_BACKGROUND_TOKENS, GPU_BACKGROUND_TOKENS = 64, 2048   # some 100 ms and 20 ms: so long waits whoever comes in mid-step
 CPU_POOL_BYTES = 4 << 30           # at most, unless max_total_token_num says more: other workers share the machine's memory
 MIN_GPU_PAGE_SIZE = 16
 ROLES = ("prefill", "decode", "both")
@@ -31,6 +32,7 @@ class EngineSizes:
     max_seq_len: int
     max_num_seqs: int
     chunk_size: int
+    background_tokens: int
 
 
 def resolve(settings: EngineSettings) -> EngineSettings:
@@ -97,7 +99,8 @@ def choose_sizes(settings: EngineSettings, config: ModelConfig) -> EngineSizes:
     return EngineSizes(
         dtype=dtype, page_size=page_size, num_pages=num_pages, max_seq_len=min(settings.max_req_total_len, config.max_position),
         max_num_seqs=settings.running_max_req_size or (CPU_MAX_SEQS if is_cpu else GPU_MAX_SEQS),
-        chunk_size=settings.chunked_prefill_size or (CPU_CHUNK_SIZE if is_cpu else GPU_CHUNK_SIZE))
+        chunk_size=settings.chunked_prefill_size or (CPU_CHUNK_SIZE if is_cpu else GPU_CHUNK_SIZE),
+        background_tokens=CPU_BACKGROUND_TOKENS if is_cpu else GPU_BACKGROUND_TOKENS)
 
 
 def _dtype(settings: EngineSettings, config: ModelConfig, is_cpu: bool) -> torch.dtype:

@@ -279,7 +279,7 @@ class Taker:
         arrived = self._imports[active.key] = asyncio.get_running_loop().create_future()
         self._engine.send(ImportSequence(
             job_id=active.key, token_ids=pack_ids([*active.prompt_ids, *active.shown.token_ids]), num_prompt=len(active.prompt_ids),
-            params=active.job.params, num_kv_tokens=handle.num_tokens, page_ids=handle.page_ids, layout=handle.layout,
+            params=active.job.params, num_kv_tokens=handle.num_tokens, page_ids=handle.page_ids, layout=handle.layout, is_background=active.is_background,
             source=PoolAddress(address=source.address, num_pages=source.num_pages)))
         outcome = await arrived
         question = {"job_id": active.job.job_id, "epoch": handle.epoch, "generation": handle.generation}

@@ -140,7 +140,7 @@ class Jobs:
 
     def _run(self, active: ActiveJob) -> None:
         self._engine.send(AddSequence(job_id=active.key, token_ids=pack_ids([*active.prompt_ids, *active.shown.token_ids]),
-                                      num_prompt=len(active.prompt_ids), params=active.job.params))
+                                      num_prompt=len(active.prompt_ids), params=active.job.params, is_background=active.is_background))
 
     def forget(self, active: ActiveJob) -> None:
         """Drop all that this worker holds of a job; what is not stored stays unsaid."""

@@ -9,6 +9,10 @@ may be built on by the next (shared, freed, written over); only what leaves the 
 A sequence is admitted only when the projected peak, with every running sequence going on to its last token, fits the pool less
 what is pinned; cached pages count as free. So a pool normally never runs out in mid-decode; if it does, the youngest sequence
 gives its pages back and is computed again later. Order is first come, first served: the head of the queue is never overtaken.
+
+Background sequences (batches) take what the others leave. They queue behind them, give way when slots or pages are short, and have few
+tokens in any step: somebody who comes while it runs waits for its end. While others run they have an eighth of that, while one of them
+waits for its first token next to nothing; those that have no turn keep their pages and sit the step out.
 """
 
 from collections import deque
@@ -27,12 +31,14 @@ from workers.radix_cache import RadixCache
 from workers.sequence import ImportSource, Sequence, State, num_pages_for
 
 Role = Literal["prefill", "decode", "both"]
+BACKGROUND_BESIDE = 8   # the share of `background_tokens` in a step where others run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerSettings:
     """`chunk_size` bounds one sequence's prefill tokens in a step, `max_batch_tokens` all tokens of a step, `depth` the steps that are
-    launched and not completed when `schedule` returns, its own included."""
+    launched and not completed when `schedule` returns, its own included. `background_tokens` bounds those of background sequences in a
+    step where nobody else runs; 0: no bound there."""
 
     role: Role = "both"
     num_pages: int
@@ -43,6 +49,7 @@ class SchedulerSettings:
     eos_ids: frozenset[int] = frozenset()
     prefix_cache: bool = True
     depth: int = 1
+    background_tokens: int = 0
 
     def __post_init__(self) -> None:
         assert self.num_pages > 0 and self.page_size > 0 and self.chunk_size > 0 and self.max_num_seqs > 0
@@ -72,14 +79,20 @@ class Step:
     imported: list[Imported] = field(default_factory=list)
     prefilled: list[tuple[Sequence, Prefilled]] = field(default_factory=list)  # prompts whose last token it runs, once launched
     num_tokens: int = 0
+    background_left: int = 0     # tokens that background sequences may still have
     is_pool_short: bool = False  # a sequence was preempted: nobody new comes in before the next step
 
     def take(self, sequence: Sequence, count: int) -> None:
         self.chunks[sequence] = count
         self.num_tokens += count
+        if sequence.is_background:
+            self.background_left -= count
 
     def drop(self, sequence: Sequence) -> None:
-        self.num_tokens -= self.chunks.pop(sequence, 0)
+        count = self.chunks.pop(sequence, 0)
+        self.num_tokens -= count
+        if sequence.is_background:
+            self.background_left += count
 
 
 class Scheduler:
@@ -107,7 +120,10 @@ class Scheduler:
             raise PagesExhausted(needed, self.settings.num_pages)
         self.cancel(sequence.job_id)
         self._sequences[sequence.job_id] = sequence
-        self._waiting.append(sequence)
+        if sequence.is_background:
+            self._waiting.append(sequence)
+        else:
+            self._waiting.insert(self._num_waiting_in_front(), sequence)
         self._may_admit = True
 
     def activate(self, job_id: str) -> bool:
@@ -162,7 +178,7 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """The next step: all decodes, then prefill in order of arrival. Its `chunks` are empty when there is nothing to run."""
-        step = Step()
+        step = Step(background_left=self._background_budget())
         self._take_running(step)
         self._admit(step)
         step.sampled = [sequence for sequence, count in step.chunks.items() if count == sequence.num_pending]
@@ -285,26 +301,33 @@ class Scheduler:
                 continue  # importing, or preempted a moment ago
             if sequence.num_pending > 1:
                 prefills.append(sequence)
+            elif sequence.is_background and step.background_left <= 0:
+                continue  # it sits this one out
             elif sequence.num_in_flight and (is_prefill or sequence.guide is not None or sequence.num_remaining <= 0):
                 continue  # it ends, or is pinned, with the token that is being drawn; or what it may say depends on that token
             elif sequence.num_computed < len(sequence.page_table) * size or self._reserve(sequence, 1, step):
                 step.take(sequence, 1)
-        for sequence in prefills:
+        for sequence in sorted(prefills, key=_is_background):
             if sequence.state is running:
-                count = min(sequence.num_pending, self.settings.chunk_size, self._budget(step))
+                count = self._chunk(sequence, step)
                 if count > 0 and self._reserve(sequence, count, step):
                     step.take(sequence, count)
 
     def _admit(self, step: Step) -> None:
-        while self._waiting and self._may_admit and not step.is_pool_short and len(self._active) < self.settings.max_num_seqs:
+        while self._waiting and self._may_admit and not step.is_pool_short:
             sequence = self._waiting[0]
             if sequence.num_in_flight:
                 return  # preempted while its newest token was drawn: it needs to know all of them to start over
-            if sequence.source is None and self._budget(step) <= 0:
+            if sequence.source is None and self._room(sequence, step) <= 0:
+                return
+            if len(self._active) >= self.settings.max_num_seqs and not self._make_way(sequence, step):
                 return
             limit = sequence.source.num_tokens if sequence.source else len(sequence.token_ids) - 1
             sequence.path = self.cache.match(sequence.token_ids, limit)
-            self._may_admit = self._fits(sequence)
+            while not self._fits(sequence):
+                if not self._make_way(sequence, step):
+                    self._may_admit = False
+                    break
             if not self._may_admit or self._finds_half_of_it_next_step(sequence, step):
                 self.cache.unlock(sequence.path)
                 return
@@ -333,7 +356,7 @@ class Scheduler:
         sequence.num_computed = len(sequence.path) * self.settings.page_size
         if not sequence.is_prefill_reported:
             sequence.num_cached_tokens = min(sequence.num_computed, sequence.num_prompt)
-        count = min(sequence.num_pending, self.settings.chunk_size, self._budget(step))
+        count = self._chunk(sequence, step)
         if self._reserve(sequence, count, step):
             step.take(sequence, count)
 
@@ -351,8 +374,34 @@ class Scheduler:
         self._copies.append(copy)
         step.copies.append(copy)
 
-    def _budget(self, step: Step) -> int:
-        return self.settings.max_batch_tokens - step.num_tokens
+    def _chunk(self, sequence: Sequence, step: Step) -> int:
+        return min(sequence.num_pending, self.settings.chunk_size, self._room(sequence, step))
+
+    def _room(self, sequence: Sequence, step: Step) -> int:
+        room = self.settings.max_batch_tokens - step.num_tokens
+        return min(room, step.background_left) if sequence.is_background else room
+
+    def _background_budget(self) -> int:
+        most = self.settings.background_tokens or self.settings.max_batch_tokens
+        others = [sequence for sequence in self._active if not sequence.is_background]
+        if self._num_waiting_in_front() or any(sequence.state is State.RUNNING and sequence.num_pending > 1 for sequence in others):
+            return 1
+        return max(1, most // BACKGROUND_BESIDE) if others else most
+
+    def _num_waiting_in_front(self) -> int:
+        """Waiting sequences before the first background one."""
+        return next((index for index, sequence in enumerate(self._waiting) if sequence.is_background), len(self._waiting))
+
+    def _make_way(self, sequence: Sequence, step: Step) -> bool:
+        """Preempt a background sequence for one that is none. False if there is nobody to give way."""
+        if sequence.is_background:
+            return False
+        victim = next((other for other in reversed(self._active) if other.is_background and self._is_preemptible(other)), None)
+        if victim is None:
+            return False
+        self._preempt(victim)
+        step.drop(victim)
+        return True
 
     # ---- which pages ----
 
@@ -391,7 +440,8 @@ class Scheduler:
         if missing <= 0:
             return True
         while self.pool.num_free + self.cache.num_evictable < missing:
-            victim = next(other for other in reversed(self._active) if self._is_preemptible(other))
+            candidates = [other for other in reversed(self._active) if self._is_preemptible(other)]
+            victim = next(filter(_is_background, candidates), candidates[0])
             self._preempt(victim)
             step.is_pool_short = True
             step.drop(victim)
@@ -414,7 +464,7 @@ class Scheduler:
         self._free(sequence)
         sequence.state = State.WAITING
         sequence.num_computed = 0
-        self._waiting.appendleft(sequence)
+        self._waiting.insert(self._num_waiting_in_front() if sequence.is_background else 0, sequence)
 
     def _share(self, sequence: Sequence) -> None:
         """Let others find its full pages while it runs."""
@@ -436,6 +486,10 @@ class Scheduler:
         self.pool.release(sequence.page_table)
         sequence.page_table = []
         self._may_admit = True
+
+
+def _is_background(sequence: Sequence) -> bool:
+    return sequence.is_background
 
 
 def _refusal(guide: Guide, token_id: int) -> InvalidField | None:

@@ -67,6 +67,7 @@ class Sequence:
     num_prompt: int
     params: SamplingParams
     max_kv_tokens: int                   # most tokens whose KV it will ever hold here; the last token's is never needed
+    is_background: bool = False          # of a batch: it takes what the others leave
     source: ImportSource | None = None   # set until an import was activated
     state: State = State.WAITING
     num_computed: int = 0
@@ -130,7 +131,7 @@ def open_sequence(command: AddSequence | ImportSequence, limits: Limits) -> Sequ
     token_ids, params = unpack_ids(command.token_ids), command.params
     _check(command.num_prompt, token_ids, params, limits)
     sequence = Sequence(
-        job_id=command.job_id, token_ids=token_ids, num_prompt=command.num_prompt, params=params,
+        job_id=command.job_id, token_ids=token_ids, num_prompt=command.num_prompt, params=params, is_background=command.is_background,
         max_kv_tokens=len(token_ids) if limits.prefill_only else command.num_prompt + params.max_new_tokens - 1)
     if isinstance(command, ImportSequence):
         # Whatever the pages hold of the last token is left: it must run here anyway, to draw the next one.

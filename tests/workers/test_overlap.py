@@ -108,8 +108,9 @@ def run(executor: Executor, script: Iterable[tuple[int, Command]], *, lies: bool
     return told
 
 
-def job(number: int, prompt: list[int], **params: Any) -> AddSequence:
-    return AddSequence(job_id=f"job{number}", token_ids=pack_ids(prompt), num_prompt=len(prompt), params=SamplingParams(**params))
+def job(number: int, prompt: list[int], *, is_background: bool = False, **params: Any) -> AddSequence:
+    return AddSequence(job_id=f"job{number}", token_ids=pack_ids(prompt), num_prompt=len(prompt), params=SamplingParams(**params),
+                       is_background=is_background)
 
 
 def assert_as_expected(told: dict[str, Told], jobs: Iterable[tuple[AddSequence, list[int]]]) -> None:
@@ -294,25 +295,28 @@ JOBS = st.tuples(
     st.booleans(),                                                 # ignore_eos
     st.lists(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=2).map(tuple), max_size=2).map(tuple),  # stop runs
     st.none() | st.integers(0, 25),                                # turn in which it is cancelled
+    st.booleans(),                                                 # is_background
 )
 
 
 @settings(max_examples=150, deadline=None)
 @given(jobs=st.lists(JOBS, max_size=12), role=st.sampled_from(["both", "prefill"]), lies=st.booleans(), num_pages=st.integers(9, 30),
-       chunk_size=st.integers(1, 6), max_num_seqs=st.integers(1, 5), prefix_cache=st.booleans())
+       chunk_size=st.integers(1, 6), max_num_seqs=st.integers(1, 5), prefix_cache=st.booleans(), background_tokens=st.integers(0, 9))
 def test_any_workload_gets_the_same_tokens_and_events_at_every_depth(jobs: list[Any], role: str, lies: bool, num_pages: int,
-                                                                    chunk_size: int, max_num_seqs: int, prefix_cache: bool) -> None:
+                                                                    chunk_size: int, max_num_seqs: int, prefix_cache: bool,
+                                                                    background_tokens: int) -> None:
     script: list[tuple[int, Command]] = []
-    for number, (turn, prompt, new, ignore_eos, runs, cancelled_at) in enumerate(jobs):
-        script.append((turn, job(number, prompt, max_new_tokens=new, ignore_eos=ignore_eos, stop_sequences=runs)))
+    for number, (turn, prompt, new, ignore_eos, runs, cancelled_at, is_background) in enumerate(jobs):
+        script.append((turn, job(number, prompt, max_new_tokens=new, ignore_eos=ignore_eos, stop_sequences=runs,
+                                 is_background=is_background)))
         if cancelled_at is not None:
             script.append((turn + cancelled_at, Cancel(job_id=f"job{number}")))
         if role == "prefill":
             script += [(1000 + again, ReleasePin(job_id=f"job{number}")) for again in range(len(jobs) * 20)]  # those that waited come later
     for make_executor in EXECUTORS:
         told = run(make_executor(), script, lies=lies, role=role, num_pages=num_pages, chunk_size=chunk_size, max_num_seqs=max_num_seqs,
-                   prefix_cache=prefix_cache)
-        for number, (_, prompt, new, ignore_eos, runs, cancelled_at) in enumerate(jobs):
+                   prefix_cache=prefix_cache, background_tokens=background_tokens)
+        for number, (_, prompt, new, ignore_eos, runs, cancelled_at, _) in enumerate(jobs):
             params = SamplingParams(max_new_tokens=new, ignore_eos=ignore_eos, stop_sequences=runs)
             expected = expected_output(prompt, params)[:1] if role == "prefill" else expected_output(prompt, params)
             heard = told.get(f"job{number}", Told())

@@ -24,13 +24,13 @@ def make_scheduler(**given: Any) -> Scheduler:
 
 
 def make_sequence(job_id: str, token_ids: list[int], *, new: int = 4, shown: int = 0, prefill_only: bool = False, imported: int = 0,
-                  **params: Any) -> Sequence:
+                  is_background: bool = False, **params: Any) -> Sequence:
     num_prompt = len(token_ids) - shown
     source = None
     if imported:
         source = ImportSource(address="elsewhere", num_pages=100, page_ids=tuple(range(50, 50 + -(-imported // 2))), num_tokens=imported,
                               layout=LAYOUT)
-    return Sequence(job_id=job_id, token_ids=list(token_ids), num_prompt=num_prompt, source=source,
+    return Sequence(job_id=job_id, token_ids=list(token_ids), num_prompt=num_prompt, source=source, is_background=is_background,
                     params=SamplingParams(max_new_tokens=new, **params),
                     max_kv_tokens=len(token_ids) if prefill_only else num_prompt + new - 1)
 
@@ -378,6 +378,50 @@ def test_cancel_frees_everything_at_every_stage() -> None:
     assert_nothing_is_held(imported)
 
 
+# ---- background sequences ----
+
+
+def test_background_sequences_queue_behind_the_others() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    for name, is_background in (("batch1", True), ("a", False), ("batch2", True), ("b", False)):
+        scheduler.add(make_sequence(name, [ord(name[0])] * 3, new=2, is_background=is_background))
+    order = [job_id for job_id, _, _, finish in rows(run_to_end(scheduler)) if finish]
+    assert order == ["a", "b", "batch1", "batch2"]
+    assert_nothing_is_held(scheduler)
+
+
+def test_background_tokens_of_a_step_are_few_and_fewer_still_beside_others() -> None:
+    scheduler = make_scheduler(num_pages=100, chunk_size=40, max_batch_tokens=60, max_num_seqs=20, background_tokens=16)
+    for number in range(16):
+        scheduler.add(make_sequence(f"batch{number}", [number] * 4, new=20, is_background=True))
+    sizes = [run_step(scheduler)[0].num_tokens for _ in range(8)]
+    assert max(sizes) == 16, "nobody waits long for the end of such a step"
+    scheduler.add(make_sequence("a", [90, 91, 92], new=3))
+    prefill, beside = run_step(scheduler)[0], run_step(scheduler)[0]
+    assert prefill.num_tokens == 3 + 1, "next to nothing while somebody waits for a first token"
+    assert beside.num_tokens == 1 + 2, "an eighth while others decode"
+    finished = {job_id for job_id, _, _, finish in rows(run_to_end(scheduler)) if finish}
+    assert finished == {"a"} | {f"batch{number}" for number in range(16)}
+    assert_nothing_is_held(scheduler)
+
+
+@pytest.mark.parametrize("short", [{"max_num_seqs": 2}, {"num_pages": 6}])
+def test_a_background_sequence_gives_way_when_slots_or_pages_are_short(short: dict[str, int]) -> None:
+    scheduler = make_scheduler(**short)
+    batch = [make_sequence(name, [ord(name)] * 3, new=4, is_background=True) for name in "xy"]
+    for sequence in batch:
+        scheduler.add(sequence)
+    run_step(scheduler)
+    assert [sequence.state for sequence in batch] == [State.RUNNING, State.RUNNING]
+    first = make_sequence("a", [5, 6, 7], new=4)
+    scheduler.add(first)
+    step, _ = run_step(scheduler)
+    assert first in step.chunks and [sequence.state for sequence in batch] == [State.RUNNING, State.WAITING]
+    tokens = [token for job_id, _, token, _ in rows(run_to_end(scheduler)) if job_id == "y"]
+    assert batch[1].state is State.FINISHED and len(batch[1].token_ids) == 7 and tokens, "it is computed again and goes on"
+    assert_nothing_is_held(scheduler)
+
+
 # ---- any history ----
 
 ACTIONS = st.sampled_from(["add", "add", "import", "step", "step", "step", "copied", "copied", "copy fails", "activate", "release",
@@ -386,12 +430,13 @@ ACTIONS = st.sampled_from(["add", "add", "import", "step", "step", "step", "copi
 
 @settings(max_examples=300, deadline=None)
 @given(depth=st.integers(1, 2), role=st.sampled_from(["prefill", "decode", "both"]), num_pages=st.integers(8, 24),
-       chunk_size=st.integers(1, 6), max_num_seqs=st.integers(1, 5), lies=st.booleans(),
+       chunk_size=st.integers(1, 6), max_num_seqs=st.integers(1, 5), lies=st.booleans(), background_tokens=st.integers(0, 9),
        history=st.lists(st.tuples(ACTIONS, st.integers(0, 30)), max_size=120))
 def test_any_history_keeps_all_pages_accounted_for_and_ends_with_none_held(
-        depth: int, role: str, num_pages: int, chunk_size: int, max_num_seqs: int, lies: bool, history: list[tuple[str, int]]) -> None:
+        depth: int, role: str, num_pages: int, chunk_size: int, max_num_seqs: int, lies: bool, background_tokens: int,
+        history: list[tuple[str, int]]) -> None:
     scheduler = make_scheduler(role=role, num_pages=num_pages, chunk_size=chunk_size, max_num_seqs=max_num_seqs,
-                               max_batch_tokens=max_num_seqs + chunk_size, depth=depth)
+                               max_batch_tokens=max_num_seqs + chunk_size, depth=depth, background_tokens=background_tokens)
     flying: list[Step] = []
     copies: list[PageCopy] = []
     jobs: list[str] = []
@@ -401,7 +446,7 @@ def test_any_history_keeps_all_pages_accounted_for_and_ends_with_none_held(
         nonlocal preempted
         before = {s for s in scheduler._active if s.state is State.RUNNING}
         step = scheduler.schedule()
-        preempted += sum(s.state is State.WAITING for s in before)
+        preempted += sum(s.state is State.WAITING and not s.is_background for s in before)
         copies.extend(step.copies)
         check_batch(scheduler, step)
         if step.chunks:
@@ -422,7 +467,8 @@ def test_any_history_keeps_all_pages_accounted_for_and_ends_with_none_held(
                 prompt = [value % 2] * (1 + value % 7)
                 imported = action == "import" and role != "prefill"
                 new = make_sequence(f"job{number}", [*prompt, 7] if imported else prompt, new=2 + value % 9, shown=int(imported),
-                                    prefill_only=role == "prefill", imported=len(prompt) if imported else 0)
+                                    prefill_only=role == "prefill", imported=len(prompt) if imported else 0,
+                                    is_background=value % 3 == 0)
                 if lies:
                     new.max_kv_tokens = len(new.token_ids)  # admitted too early: the pool will run out
                 scheduler.add(new)
