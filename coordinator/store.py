@@ -14,6 +14,7 @@ share one hash tag, so that they live in one slot of a cluster. Time is the serv
 """
 
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -153,7 +154,7 @@ class Store:
     """Leases, claims and views. Every method raises Unavailable when Redis does not answer; the caller's state is then unchanged."""
 
     def __init__(self, url: str, *, lease_s: float = LEASE_S) -> None:
-        self.url = url
+        self.url = re.sub(r"//[^/@]*@", "//", url)    # for messages
         self.lease_s = lease_s
         # Protocol 2: with 3 the library hands out idle connections that a restarted server has closed.
         pool = redis.BlockingConnectionPool.from_url(url, max_connections=32, timeout=5, socket_timeout=SOCKET_TIMEOUT_S, protocol=2,

@@ -1,0 +1,136 @@
+"""A fleet as the guide's section 3.2 starts it: config servers, masters, prefill and decode, any of which may be killed or added."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.system.serving import Servings, free_ports
+
+pytestmark = [pytest.mark.system, pytest.mark.services]
+
+LONG = {"inputs": [1, 2, 3], "parameters": {"max_new_tokens": 400, "ignore_eos": True}}
+SHORT = {"inputs": [4, 5], "parameters": {"max_new_tokens": 7, "ignore_eos": True}}
+TOKEN = "an open secret of the tests"
+
+
+class Fleet(Servings):
+    """One config server, masters 1 and 2, a prefill and a decode worker, by the guide's flags."""
+
+    def __init__(self, folder: Path, model_dir: Path) -> None:
+        super().__init__(folder, {"TOKENMILL_CLUSTER_TOKEN": TOKEN, "KV_TRANS_USE_P2P": "1", "MOE_MODE": "EP"})
+        self.model_dir = str(model_dir)
+        self.config_port, self.second_config_port, *self.ports = free_ports(5)
+        self.at_config = ["--config_server_host", "127.0.0.1", "--config_server_port", str(self.config_port)]
+
+    def config_server(self) -> None:
+        self.config = self.serve("config", "--run_mode", "config_server", *self.at_config)
+        self.config.wait_said("config_server ready")
+
+    def master(self, number: int) -> str:
+        self.serve(f"master-{number}", "--model_dir", self.model_dir, "--run_mode", "pd_master", "--host", "127.0.0.1", "--port",
+                   str(self.ports[number]), *self.at_config)
+        return f"http://127.0.0.1:{self.ports[number]}"
+
+    def worker(self, role: str) -> None:
+        self.serve(role, "--model_dir", self.model_dir, "--run_mode", role, "--host", "127.0.0.1", "--tp", "1", "--dp", "1", "--nccl_port",
+                   "2732", "--enable_fa3", "--disable_cudagraph", "--max_total_token_num", "8192", *self.at_config)
+
+
+@pytest.fixture(scope="module")
+def fleet(tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with Fleet(tmp_path_factory.mktemp("fleet"), tiny_v3) as fleet:
+        for role in ("prefill", "decode"):
+            fleet.worker(role)              # in any order: who comes early waits
+        fleet.config_server()
+        for number in (0, 1):
+            fleet.wait_ready(fleet.master(number))
+        yield fleet
+
+
+def registry(fleet: Fleet, port: int = 0) -> dict[str, Any]:
+    url = f"http://127.0.0.1:{port or fleet.config_port}/registry"
+    reply = httpx.get(url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=10)
+    assert reply.status_code == 200, reply.text
+    body: dict[str, Any] = reply.json()
+    return body
+
+
+def url_of(fleet: Fleet, number: int) -> str:
+    return f"http://127.0.0.1:{fleet.ports[number]}"
+
+
+async def tokens_of(http: httpx.AsyncClient, url: str, body: dict[str, Any], headers: dict[str, str]) -> AsyncIterator[dict[str, Any]]:
+    async with http.stream("POST", f"{url}/generate_stream", json=body, headers=headers) as response:
+        assert response.status_code == 200
+        async for line in response.aiter_lines():
+            if line.startswith("data:"):
+                yield json.loads(line[5:])
+
+
+def test_both_masters_answer_alike_and_the_registry_knows_everybody(fleet: Fleet) -> None:
+    answers = [httpx.post(f"{url_of(fleet, number)}/generate", json=SHORT, timeout=60) for number in (0, 1)]
+    assert [reply.status_code for reply in answers] == [200, 200]
+    assert answers[0].json()["generated_text"] == answers[1].json()["generated_text"]
+    known = registry(fleet)
+    assert len(known["config_servers"]) == 1 and {master["url"] for master in known["masters"]} == {url_of(fleet, 0), url_of(fleet, 1)}
+    assert {worker["role"] for worker in known["workers"] if worker["alive"]} == {"prefill", "decode"}
+
+
+def test_without_the_token_no_door_says_anything(fleet: Fleet) -> None:
+    for path in ("/bootstrap", "/registry", "/status"):
+        assert httpx.get(f"http://127.0.0.1:{fleet.config_port}{path}", timeout=10).status_code == 401
+    assert httpx.get(f"{url_of(fleet, 0)}/bootstrap", timeout=10).status_code == 401
+    stranger = fleet.serve("stranger", "--model_dir", fleet.model_dir, "--run_mode", "decode", *fleet.at_config,
+                           environment={"TOKENMILL_CLUSTER_TOKEN": "another secret of somebody"})
+    assert stranger.process.wait(60) == 2 and "cluster token" in stranger.log
+
+
+async def test_a_killed_config_server_stops_nothing_and_takes_its_queue_up_again(fleet: Fleet) -> None:
+    async with httpx.AsyncClient(timeout=60) as http:
+        stream, indexes = tokens_of(http, url_of(fleet, 0), LONG, {}), []
+        async for event in stream:
+            indexes.append(event["token"]["count_output_tokens"])
+            if len(indexes) == 5:
+                fleet.config.kill()
+        assert indexes == list(range(1, 401))
+        assert (await http.post(f"{url_of(fleet, 1)}/generate", json=SHORT)).status_code == 200   # a new job, still without it
+        fleet.config.start()
+        await asyncio.to_thread(fleet.config.wait_said, "config_server ready", 2)
+        assert "adopted" in fleet.config.log
+        url = await asyncio.to_thread(fleet.master, 2)      # a new master joins, nobody is started again
+        await asyncio.to_thread(fleet.wait_ready, url)
+        assert (await http.post(f"{url}/generate", json=SHORT)).status_code == 200
+
+
+async def test_a_killed_master_loses_no_job_and_another_one_goes_on_with_the_stream(fleet: Fleet) -> None:
+    masters = {serving.name: serving for serving in fleet.all}
+    headers, seen = {"X-Job-Id": "survivor"}, []
+    async with httpx.AsyncClient(timeout=60) as http:
+        with pytest.raises(httpx.HTTPError):
+            async for event in tokens_of(http, url_of(fleet, 0), LONG, headers):
+                seen.append(event["token"]["id"])
+                if len(seen) == 5:
+                    masters["master-0"].kill_all()
+        url = f"{url_of(fleet, 1)}/jobs/survivor/stream"
+        async with http.stream("GET", url, headers={"Last-Event-ID": str(len(seen) - 1)}) as response:
+            assert response.status_code == 200
+            rest = [line async for line in response.aiter_lines() if line.startswith("data:")]
+        assert len(seen) + len(rest) >= 400
+    masters["master-0"].start()
+    await asyncio.to_thread(fleet.wait_ready, url_of(fleet, 0))
+
+
+def test_a_second_config_server_joins_and_knows_the_same(fleet: Fleet) -> None:
+    second = fleet.serve("config-2", "--run_mode", "config_server", "--config_server_host", "127.0.0.1", "--config_server_port",
+                         str(fleet.second_config_port), "--join", f"127.0.0.1:{fleet.config_port}")
+    second.wait_said("config_server ready")
+    known = registry(fleet, fleet.second_config_port)
+    assert len([server for server in known["config_servers"] if server["alive"]]) == 2
+    both = [f"http://127.0.0.1:{port}/bootstrap?role=worker" for port in (fleet.config_port, fleet.second_config_port)]
+    told = [httpx.get(url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=10).json() for url in both]
+    assert told[0] == told[1] and "worker:" in told[0]["nats_url"]
