@@ -9,7 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.system.serving import Servings, free_ports
+from tests.system.serving import Serving, Servings, free_ports
+from workers.random_model import write_random_model
 
 pytestmark = [pytest.mark.system, pytest.mark.services]
 
@@ -36,16 +37,17 @@ class Fleet(Servings):
                    str(self.ports[number]), *self.at_config)
         return f"http://127.0.0.1:{self.ports[number]}"
 
-    def worker(self, role: str) -> None:
-        self.serve(role, "--model_dir", self.model_dir, "--run_mode", role, "--host", "127.0.0.1", "--tp", "1", "--dp", "1", "--nccl_port",
-                   "2732", "--enable_fa3", "--disable_cudagraph", "--max_total_token_num", "8192", *self.at_config)
+    def worker(self, role: str, name: str, *flags: str, model_dir: str = "") -> Serving:
+        return self.serve(name, "--model_dir", model_dir or self.model_dir, "--run_mode", role, "--host", "127.0.0.1", "--tp", "1",
+                          "--dp", "1", "--nccl_port", "2732", "--enable_fa3", "--disable_cudagraph", "--max_total_token_num", "8192",
+                          "--worker_id", name, *self.at_config, *flags)
 
 
 @pytest.fixture(scope="module")
 def fleet(tiny_v3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     with Fleet(tmp_path_factory.mktemp("fleet"), tiny_v3) as fleet:
         for role in ("prefill", "decode"):
-            fleet.worker(role)              # in any order: who comes early waits
+            fleet.worker(role, f"{role}-1")              # in any order: who comes early waits
         fleet.config_server()
         for number in (0, 1):
             fleet.wait_ready(fleet.master(number))
@@ -123,6 +125,19 @@ async def test_a_killed_master_loses_no_job_and_another_one_goes_on_with_the_str
         assert len(seen) + len(rest) >= 400
     masters["master-0"].start()
     await asyncio.to_thread(fleet.wait_ready, url_of(fleet, 0))
+
+
+@pytest.mark.parametrize(("flags", "seed", "said"), [
+    (["--page_size", "32"], 3, "page_size here 32, there 16"),
+    pytest.param(["--data_type", "bf16"], 3, "dtype here 'bfloat16', there 'float32'", marks=pytest.mark.chaos),
+    pytest.param([], 4, "weights here", marks=pytest.mark.chaos)], ids=["page size", "dtype", "weights"])
+def test_a_worker_of_another_kind_is_refused_with_both_values_and_the_farm_goes_on(fleet: Fleet, tmp_path: Path, flags: list[str],
+                                                                                   seed: int, said: str) -> None:
+    model_dir = str(write_random_model(tmp_path / "model", "deepseek-v3", seed=seed)) if seed != 3 else fleet.model_dir
+    odd = fleet.worker("decode", f"odd-{len(fleet.all)}", *flags, model_dir=model_dir)
+    assert odd.process.wait(90) == 1
+    assert said in odd.log and "cannot join the farm" in odd.log
+    assert httpx.post(f"{url_of(fleet, 1)}/generate", json=SHORT, timeout=60).status_code == 200
 
 
 def test_a_second_config_server_joins_and_knows_the_same(fleet: Fleet) -> None:
