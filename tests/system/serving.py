@@ -18,6 +18,7 @@ from coordinator import kept_queue
 from coordinator.queue_record import FILE, read_record
 from tests.system.farm import ROOT
 
+SCRIPTS = ROOT / "deploy/start_scripts"
 READY_S = 120.0
 STOP_S = 60.0
 
@@ -81,6 +82,11 @@ class Servings:
     def serve(self, name: str, *flags: str, environment: Mapping[str, str] | None = None) -> Serving:
         state = [] if any(flag.startswith("--state_dir") for flag in flags) else ["--state_dir", str(self.folder / f"state-{name}")]
         return self.run(name, [sys.executable, "-m", "tokenmill", "serve", *flags, *state], environment)
+
+    def script(self, name: str, path: str, *args: str, flags: str = "", environment: Mapping[str, str] | None = None) -> Serving:
+        """One of the start scripts, as its first lines say; `flags` are added."""
+        added = f"--state_dir {self.folder / f'state-{name}'} {flags}"
+        return self.run(name, ["sh", str(SCRIPTS / path), *args], {"TOKENMILL_FLAGS": added, **(environment or {})})
 
     def run(self, name: str, command: list[str], environment: Mapping[str, str] | None = None) -> Serving:
         self.all.append(Serving(name, self.folder, command, {**self.environment, **(environment or {})}))

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,31 +17,36 @@ pytestmark = [pytest.mark.system, pytest.mark.services]
 
 LONG = {"inputs": [1, 2, 3], "parameters": {"max_new_tokens": 400, "ignore_eos": True}}
 SHORT = {"inputs": [4, 5], "parameters": {"max_new_tokens": 7, "ignore_eos": True}}
-TOKEN = "an open secret of the tests"
+TOKEN = "an-open-secret-of-the-tests"
+HOST = "127.0.0.1"
 
 
 class Fleet(Servings):
-    """One config server, masters 1 and 2, a prefill and a decode worker, by the guide's flags."""
+    """One config server, masters 0 and 1, a prefill and a decode worker, by the scripts that are the guide's section 3.2."""
 
     def __init__(self, folder: Path, model_dir: Path) -> None:
-        super().__init__(folder, {"TOKENMILL_CLUSTER_TOKEN": TOKEN, "KV_TRANS_USE_P2P": "1", "MOE_MODE": "EP"})
-        self.model_dir = str(model_dir)
         self.config_port, self.second_config_port, *self.ports = free_ports(5)
-        self.at_config = ["--config_server_host", "127.0.0.1", "--config_server_port", str(self.config_port)]
+        super().__init__(folder, {
+            "TOKENMILL": f"{sys.executable} -m tokenmill", "MODEL_DIR": str(model_dir), "TP": "1", "DP": "1", "LOADWORKER": "2",
+            "TOKENMILL_CLUSTER_TOKEN": TOKEN, "CONFIG_SERVER_PORT": str(self.config_port), "PD_MASTER_1_PORT": str(self.ports[0]),
+            "PD_MASTER_2_PORT": str(self.ports[1])})
 
     def config_server(self) -> None:
-        self.config = self.serve("config", "--run_mode", "config_server", *self.at_config)
+        self.config = self.script("config", "multi_pd_master/config_server.sh", HOST)
         self.config.wait_said("config_server ready")
 
     def master(self, number: int) -> str:
-        self.serve(f"master-{number}", "--model_dir", self.model_dir, "--run_mode", "pd_master", "--host", "127.0.0.1", "--port",
-                   str(self.ports[number]), *self.at_config)
-        return f"http://127.0.0.1:{self.ports[number]}"
+        """Masters 0 and 1 by their scripts, a third one by hand."""
+        if number < 2:
+            self.script(f"master-{number}", f"multi_pd_master/pd_master_{number + 1}.sh", HOST, HOST)
+        else:
+            self.script(f"master-{number}", "multi_pd_master/pd_master_1.sh", HOST, HOST,
+                        environment={"PD_MASTER_1_PORT": str(self.ports[number])})
+        return f"http://{HOST}:{self.ports[number]}"
 
     def worker(self, role: str, name: str, *flags: str, model_dir: str = "") -> Serving:
-        return self.serve(name, "--model_dir", model_dir or self.model_dir, "--run_mode", role, "--host", "127.0.0.1", "--tp", "1",
-                          "--dp", "1", "--nccl_port", "2732", "--enable_fa3", "--disable_cudagraph", "--max_total_token_num", "8192",
-                          "--worker_id", name, *self.at_config, *flags)
+        return self.script(name, f"multi_pd_master/pd_{role}.sh", HOST, HOST, environment={"MODEL_DIR": model_dir} if model_dir else {},
+                           flags=" ".join(["--max_total_token_num 8192 --worker_id", name, *flags]))
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +93,8 @@ def test_without_the_token_no_door_says_anything(fleet: Fleet) -> None:
     for path in ("/bootstrap", "/registry", "/status"):
         assert httpx.get(f"http://127.0.0.1:{fleet.config_port}{path}", timeout=10).status_code == 401
     assert httpx.get(f"{url_of(fleet, 0)}/bootstrap", timeout=10).status_code == 401
-    stranger = fleet.serve("stranger", "--model_dir", fleet.model_dir, "--run_mode", "decode", *fleet.at_config,
-                           environment={"TOKENMILL_CLUSTER_TOKEN": "another secret of somebody"})
+    stranger = fleet.script("stranger", "multi_pd_master/pd_decode.sh", HOST, HOST,
+                            environment={"TOKENMILL_CLUSTER_TOKEN": "another-secret-of-somebody"})
     assert stranger.process.wait(60) == 2 and "cluster token" in stranger.log
 
 
@@ -133,7 +139,7 @@ async def test_a_killed_master_loses_no_job_and_another_one_goes_on_with_the_str
     pytest.param([], 4, "weights here", marks=pytest.mark.chaos)], ids=["page size", "dtype", "weights"])
 def test_a_worker_of_another_kind_is_refused_with_both_values_and_the_farm_goes_on(fleet: Fleet, tmp_path: Path, flags: list[str],
                                                                                    seed: int, said: str) -> None:
-    model_dir = str(write_random_model(tmp_path / "model", "deepseek-v3", seed=seed)) if seed != 3 else fleet.model_dir
+    model_dir = str(write_random_model(tmp_path / "model", "deepseek-v3", seed=seed)) if seed != 3 else ""
     odd = fleet.worker("decode", f"odd-{len(fleet.all)}", *flags, model_dir=model_dir)
     assert odd.process.wait(90) == 1
     assert said in odd.log and "cannot join the farm" in odd.log
@@ -141,11 +147,16 @@ def test_a_worker_of_another_kind_is_refused_with_both_values_and_the_farm_goes_
 
 
 def test_a_second_config_server_joins_and_knows_the_same(fleet: Fleet) -> None:
-    second = fleet.serve("config-2", "--run_mode", "config_server", "--config_server_host", "127.0.0.1", "--config_server_port",
-                         str(fleet.second_config_port), "--join", f"127.0.0.1:{fleet.config_port}")
+    second = fleet.script("config-2", "multi_pd_master/config_server.sh", HOST, flags=f"--join {HOST}:{fleet.config_port}",
+                          environment={"CONFIG_SERVER_PORT": str(fleet.second_config_port)})
     second.wait_said("config_server ready")
     known = registry(fleet, fleet.second_config_port)
     assert len([server for server in known["config_servers"] if server["alive"]]) == 2
     both = [f"http://127.0.0.1:{port}/bootstrap?role=worker" for port in (fleet.config_port, fleet.second_config_port)]
     told = [httpx.get(url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=10).json() for url in both]
     assert told[0] == told[1] and "worker:" in told[0]["nats_url"]
+
+
+def test_no_role_was_refused_anything_that_it_needs(fleet: Fleet) -> None:
+    """Last in this file: whatever the tests above had the fleet do went through the users' permissions."""
+    assert "Permissions Violation" not in (fleet.folder / "state-config/nats/server.log").read_text()
