@@ -3,6 +3,14 @@
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Together:
+    """What all dp groups run in this step, where they must step together (MOE_MODE=EP)."""
+
+    num_tokens: tuple[int, ...]   # of each dp group; 0: it runs an empty batch
+    is_only_decodes: bool         # of all of them: then all may run a CUDA graph, of one size
+
+
 @dataclass(slots=True)
 class ForwardBatch:
     """New tokens of several sequences, flattened; prefill chunks and decodes (one new token) in any order.
@@ -23,3 +31,8 @@ class ForwardBatch:
     page_tables: list[list[int]]    # its page ids in token order
     logit_rows: list[int]           # rows of token_ids whose logits are wanted, ascending
     carried: list[int] = field(default_factory=list)  # per sequence: row of the previous launch's samples, or -1; empty: none
+    together: Together | None = None
+
+    @classmethod
+    def empty(cls) -> "ForwardBatch":
+        return cls(token_ids=[], positions=[], slot_mapping=[], query_lens=[], seq_lens=[], page_tables=[], logit_rows=[])
