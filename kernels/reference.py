@@ -93,7 +93,7 @@ def fused_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights
     outputs.mul_(weights.flatten()[order].unsqueeze(1))
     by_token = torch.empty_like(outputs)
     by_token[order] = outputs
-    return by_token.view(*ids.shape, -1).sum(1)
+    return by_token.unflatten(0, ids.shape).sum(1)
 
 
 def store_gqa(kv: Tensor, cache: Tensor, slots: Tensor) -> None:
@@ -103,8 +103,7 @@ def store_gqa(kv: Tensor, cache: Tensor, slots: Tensor) -> None:
     cache  [2, num_slots, KV, d]
     slots  [T] int64, distinct
     """
-    num_tokens = kv.shape[0]
-    cache.flatten(2).index_copy_(1, slots, kv.reshape(num_tokens, 2, -1).transpose(0, 1))
+    cache.flatten(2).index_copy_(1, slots, kv.flatten(1).unflatten(1, (2, -1)).transpose(0, 1))
 
 
 def store_mla(rows: Tensor, cache: Tensor, slots: Tensor) -> None:

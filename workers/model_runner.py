@@ -1,8 +1,8 @@
 """Runs a model over batches: the one place where Python lists become tensors. Decides nothing about which sequences run."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +18,15 @@ from workers.model.llama import llama
 from workers.model.rope import rotation_table
 from workers.model.step import Step
 from workers.model_config import ModelConfig
+from workers.parallel import ONE, Parallel
 
 logger = logging.getLogger(__name__)
 
-BUILDERS: dict[str, Callable[[Checkpoint, ModelConfig, Ops, int], Decoder]] = {
+class Builder(Protocol):
+    def __call__(self, weights: Checkpoint, config: ModelConfig, ops: Ops, num_threads: int, parallel: Parallel = ONE, /) -> Decoder: ...
+
+
+BUILDERS: dict[str, Builder] = {
     "LlamaForCausalLM": llama,
     "Qwen2ForCausalLM": llama,
     "DeepseekV2ForCausalLM": deepseek,
@@ -32,19 +37,24 @@ BUILDERS: dict[str, Callable[[Checkpoint, ModelConfig, Ops, int], Decoder]] = {
 class ModelRunner:
     """One model with its weights and its KV pool on one device.
 
-    `dtype` None means the checkpoint's own. `progress` is called from loading threads, one at a time, with (loaded, total) bytes.
+    `parallel` says which part of it is this rank's: the ranks of a dp group then make the same calls with the same batches, and with
+    MOE_MODE=EP those of other groups make as many, with batches of their own or empty ones. `dtype` None means the checkpoint's own.
+    `progress` is called from loading threads, one at a time, with (loaded, total) bytes.
     Raises ConfigError for a model that cannot be run or a pool that does not fit.
     """
 
     def __init__(self, model_dir: Path, device: torch.device | str, dtype: torch.dtype | None, num_pages: int, page_size: int,
-                 load_workers: int = 1, progress: Progress | None = None) -> None:
+                 load_workers: int = 1, progress: Progress | None = None, parallel: Parallel = ONE) -> None:
         self.config = ModelConfig.from_dir(model_dir)
+        sizes = parallel.sizes
+        sizes.validate(self.config)
         self.device = torch.device(device)
         self.dtype = dtype or getattr(torch, self.config.dtype)
         self.page_size = page_size
-        self.kv_cache = KVCache.create(self.config, num_pages, page_size, self.dtype, self.device, weights_hash(model_dir))
+        self.kv_cache = KVCache.create(sizes.local(self.config), num_pages, page_size, self.dtype, self.device, weights_hash(model_dir),
+                                       sizes.attn_tp)
         checkpoint = Checkpoint(model_dir, self.config, self.dtype, self.device, progress)
-        self._model = BUILDERS[self.config.architecture](checkpoint, self.config, ops_for(self.device), load_workers)
+        self._model = BUILDERS[self.config.architecture](checkpoint, self.config, ops_for(self.device), load_workers, parallel)
         checkpoint.finish()
         self._rotations = rotation_table(self.config.rope, self.config.max_position, self.device)
 
@@ -66,7 +76,8 @@ class ModelRunner:
     def _step(self, batch: ForwardBatch) -> Step:
         num_tokens = len(batch.token_ids)
         assert num_tokens == sum(batch.query_lens) == len(batch.positions) == len(batch.slot_mapping)
-        token_ids, positions, slots = torch.tensor([batch.token_ids, batch.positions, batch.slot_mapping], device=self.device)
+        rows = [batch.token_ids, batch.positions, batch.slot_mapping]
+        token_ids, positions, slots = torch.tensor(rows, dtype=torch.int64, device=self.device)
         is_every_row = len(batch.logit_rows) == num_tokens
         return Step(
             token_ids=token_ids,

@@ -13,7 +13,7 @@ from torch import Tensor
 from workers.cut import Cut
 from workers.parallel_sizes import ONE_RANK, ParallelSizes
 
-__all__ = ["ONE_RANK", "Parallel", "ParallelSizes", "RankGroup", "Work"]
+__all__ = ["ONE", "ONE_RANK", "Parallel", "ParallelSizes", "RankGroup", "Work"]
 
 
 class Work(Protocol):
@@ -99,19 +99,18 @@ class Parallel:
         return cls(sizes=ONE_RANK, rank=0, attn=RankGroup(), world=RankGroup())
 
     @classmethod
-    def join(cls, sizes: ParallelSizes, rank: int) -> "Parallel":
-        """After init_process_group over all `sizes.tp` ranks. Every rank must call it: it makes the groups."""
-        assert dist.get_world_size() == sizes.tp and dist.get_rank() == rank
-        world = RankGroup(rank, sizes.tp, dist.group.WORLD)
-        attn = world
-        if sizes.attn_tp == 1:
-            attn = RankGroup()
-        elif sizes.dp > 1:
-            for first in range(0, sizes.tp, sizes.attn_tp):
-                ranks = range(first, first + sizes.attn_tp)
-                group = dist.new_group(list(ranks))
-                if rank in ranks:
-                    attn = RankGroup(rank - first, sizes.attn_tp, group)
+    def join(cls, sizes: ParallelSizes, all_ranks: dist.ProcessGroup | None = None) -> "Parallel":
+        """After init_process_group over `sizes.tp` ranks; every rank calls it. `all_ranks` where the process group has further ones."""
+        all_ranks = all_ranks or dist.group.WORLD
+        assert dist.get_world_size(all_ranks) == sizes.tp
+        rank = dist.get_rank(all_ranks)
+        world = RankGroup(rank, sizes.tp, all_ranks)
+        attn = world if sizes.dp == 1 else RankGroup()
+        if 1 < sizes.attn_tp < sizes.tp:
+            first = sizes.dp_rank(rank) * sizes.attn_tp
+            members = dist.get_process_group_ranks(all_ranks)[first : first + sizes.attn_tp]
+            attn = RankGroup(rank - first, sizes.attn_tp, dist.new_group(members, use_local_synchronization=True))
         return cls(sizes=sizes, rank=rank, attn=attn, world=world)
 
 
+ONE = Parallel.single()

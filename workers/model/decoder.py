@@ -1,15 +1,21 @@
-"""A stack of pre-norm transformer layers: the frame that all supported models share."""
+"""A stack of pre-norm transformer layers: the frame that all supported models share.
 
-from collections.abc import Callable, Sequence
+A forward pass is a generator that yields wherever data is under way to other ranks and something else could be computed. Run
+straight on, it is a plain pass; two of them in turns hide the travels of each behind the computation of the other.
+"""
+
+from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from kernels.ops import Ops
 from workers.loader import Checkpoint
 from workers.model.step import Step
+from workers.model.vocabulary import Vocabulary
 from workers.model_config import ModelConfig
+from workers.parallel import RankGroup
 
 
 class Attention(Protocol):
@@ -20,14 +26,46 @@ class Attention(Protocol):
 
 MakeAttention = Callable[[str], Attention]                       # (prefix) -> the attention of one layer
 Mlp = Callable[[Tensor, Step], Tensor]                           # [T, D] -> [T, D], or [T, k, D] to be summed over k
-MakeMlp = Callable[[str, int], Mlp]                              # (prefix, layer) -> its feed-forward block
+Steps = Generator[None, None, Tensor]                            # yields while data is under way
+MlpSteps = Callable[[Tensor, Step], Steps]                       # Mlp with such pauses
+MakeMlp = Callable[[str, int], MlpSteps]                         # (prefix, layer) -> its feed-forward block
+
+
+def at_once(mlp: Mlp) -> MlpSteps:
+    """A block that never pauses."""
+
+    def steps(x: Tensor, step: Step) -> Steps:
+        return mlp(x, step)
+        yield
+
+    return steps
+
+
+def run(steps: Steps) -> Tensor:
+    """Straight on."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: Tensor = end.value
+            return result
+
+
+def run_both(first: Steps, second: Steps) -> tuple[Tensor, Tensor]:
+    """In turns, `first` ahead. Both pause equally often: they are passes through the same layers."""
+    while True:
+        try:
+            next(first)
+        except StopIteration as end:
+            return end.value, run(second)
+        next(second)
 
 
 class Layer:
     """x + attention(norm(x)), then x + mlp(norm(x)). What a block adds is added by the norm that follows it, in one pass."""
 
     def __init__(self, weights: Checkpoint, prefix: str, config: ModelConfig, ops: Ops, attention: Attention,
-                 mlp: Mlp) -> None:
+                 mlp: MlpSteps) -> None:
         self._attention_norm = weights.tensor(f"{prefix}.input_layernorm.weight", config.hidden_size)
         self._mlp_norm = weights.tensor(f"{prefix}.post_attention_layernorm.weight", config.hidden_size)
         self._attention = attention
@@ -35,24 +73,22 @@ class Layer:
         self._ops = ops
         self._eps = config.norm_eps
 
-    def __call__(self, x: Tensor, delta: Tensor | None, step: Step, cache: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, delta: Tensor | None, step: Step, cache: Tensor) -> Steps:
         """Takes what the layer before adds to x [T, D], adds it in place, and returns what this layer adds."""
         if delta is None:
             normed = self._ops.rms_norm(x, self._attention_norm, self._eps)
         else:
             normed = self._ops.add_rms_norm(delta, x, self._attention_norm, self._eps)
         delta = self._attention(normed, step, cache)
-        return self._mlp(self._ops.add_rms_norm(delta, x, self._mlp_norm, self._eps), step)
+        return (yield from self._mlp(self._ops.add_rms_norm(delta, x, self._mlp_norm, self._eps), step))
 
 
 class Decoder:
     """Embedding, layers, output projection. Calls must be made in torch.inference_mode."""
 
     def __init__(self, weights: Checkpoint, config: ModelConfig, ops: Ops, make_attention: MakeAttention, make_mlp: MakeMlp,
-                 num_threads: int) -> None:
-        shape = (config.vocab_size, config.hidden_size)
-        self._embedding = weights.tensor("model.embed_tokens.weight", *shape)
-        self._head = ops.make_head(self._embedding if config.is_tied else weights.tensor("lm_head.weight", *shape))
+                 num_threads: int, ranks: RankGroup) -> None:
+        self._vocabulary = Vocabulary(weights, config, ops, ranks)
         self._norm = weights.tensor("model.norm.weight", config.hidden_size)
         self._add_rms_norm = ops.add_rms_norm
         self._eps = config.norm_eps
@@ -65,11 +101,18 @@ class Decoder:
 
     def __call__(self, step: Step, caches: Sequence[Tensor]) -> Tensor:
         """Logits [R, vocab] float32 of the rows that `step` asks for; `caches` has one tensor per layer."""
-        x = F.embedding(step.token_ids, self._embedding)
+        return run(self.steps(step, caches))
+
+    def both(self, first: Step, second: Step, caches: Sequence[Tensor]) -> Tensor:
+        """Two halves of a batch in turns. `second` may go on with sequences of `first`. Logits of first's rows, then of second's."""
+        return torch.cat(run_both(self.steps(first, caches), self.steps(second, caches)))
+
+    def steps(self, step: Step, caches: Sequence[Tensor]) -> Steps:
+        x = self._vocabulary.embed(step.token_ids)
         delta: Tensor | None = None
         for layer, cache in zip(self._layers, caches, strict=True):
-            delta = layer(x, delta, step, cache)
+            delta = yield from layer(x, delta, step, cache)
         assert delta is not None
         if step.logit_rows is not None:
             x, delta = x.index_select(0, step.logit_rows), delta.index_select(0, step.logit_rows)
-        return self._head(self._add_rms_norm(delta, x, self._norm, self._eps))
+        return self._vocabulary.logits(self._add_rms_norm(delta, x, self._norm, self._eps))
