@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Together:
-    """What all dp groups run in this step, where they must step together (MOE_MODE=EP)."""
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """The same on all ranks of an EP deployment for a step that they run together. One whose dp group has no work runs it empty."""
 
-    num_tokens: tuple[int, ...]   # of each dp group; 0: it runs an empty batch
-    is_only_decodes: bool         # of all of them: then all may run a CUDA graph, of one size
+    num_rows: int              # the most new tokens that any dp group has
+    is_decode: bool            # every group has decodes only, or nothing
 
 
 @dataclass(slots=True)
@@ -31,8 +31,4 @@ class ForwardBatch:
     page_tables: list[list[int]]    # its page ids in token order
     logit_rows: list[int]           # rows of token_ids whose logits are wanted, ascending
     carried: list[int] = field(default_factory=list)  # per sequence: row of the previous launch's samples, or -1; empty: none
-    together: Together | None = None
-
-    @classmethod
-    def empty(cls) -> "ForwardBatch":
-        return cls(token_ids=[], positions=[], slot_mapping=[], query_lens=[], seq_lens=[], page_tables=[], logit_rows=[])
+    agreed: "Agreed | None" = None                    # with MOE_MODE=EP: what the dp groups know of each other's batches

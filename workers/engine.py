@@ -63,6 +63,7 @@ from workers.lockstep import Lockstep, Wake
 from workers.model_config import ModelConfig
 from workers.model_runner import ModelRunner
 from workers.page_copier import PageCopier
+from workers.parallel import Parallel
 from workers.sampler import Sampler
 from workers.scheduler import PageCopy, Scheduler, SchedulerSettings, Step
 from workers.sequence import Limits, Sequence, open_sequence
@@ -219,14 +220,14 @@ class Engine:
 
     def _launch(self, step: Step) -> bool:
         """False: there is nothing to run. In lockstep a step may be empty here and none elsewhere."""
-        together = None
+        agreed = None
         if self._lockstep is not None:
-            together = self._lockstep.turn(step.num_tokens, is_leaving=self._is_shut_down,
-                                           is_only_decodes=all(count == 1 for count in step.chunks.values()))
-        if not (step.chunks or together):
+            agreed = self._lockstep.turn(step.num_tokens, is_leaving=self._is_shut_down,
+                                         is_only_decodes=all(count == 1 for count in step.chunks.values()))
+        if not (step.chunks or agreed):
             return False
         batch = self._scheduler.batch(step)
-        batch.together = together
+        batch.agreed = agreed
         self._flights.append((step, self._executor.launch(batch, step.sampled)))
         self._scheduler.advance(step)
         return True
@@ -291,7 +292,7 @@ def load_executor(settings: EngineSettings, config: ModelConfig, sizes: EngineSi
         return CudaExecutor.create(settings, config, sizes, progress)
     threads = CpuThreads(settings.num_threads, settings.ranks.num_local)
     runner = ModelRunner(Path(settings.model_dir), settings.device, sizes.dtype, sizes.num_pages, sizes.page_size, settings.load_workers,
-                         progress)
+                         progress, group.parallel if group is not None else Parallel.single())
     return EagerExecutor(runner, Sampler(sorted(eos for eos in config.eos_ids if eos < config.vocab_size)), settings.depth, threads)
 
 

@@ -9,6 +9,7 @@ import torch
 from coordinator.errors import ConfigError
 from workers.kv_cache import bytes_per_page
 from workers.model_config import ModelConfig
+from workers.parallel_sizes import ParallelSizes
 from workers.settings import EngineSettings, RankSettings
 
 CPU_PAGE_SIZE, GPU_PAGE_SIZE = 16, 64
@@ -106,7 +107,7 @@ def choose_sizes(settings: EngineSettings, config: ModelConfig) -> EngineSizes:
         raise ConfigError(f"--page_size must be a power of two and at least {MIN_GPU_PAGE_SIZE} on a GPU, got {page_size}")
     num_pages = settings.max_total_token_num // page_size
     if is_cpu and not settings.max_total_token_num:
-        num_pages = _pool_bytes(settings) // settings.ranks.num_local // bytes_per_page(config, page_size, dtype)
+        num_pages = _pool_bytes(settings) // settings.ranks.num_local // bytes_per_page(_ranks_share(settings, config), page_size, dtype)
     if num_pages < 1 and (is_cpu or settings.max_total_token_num):
         raise ConfigError(f"--max_total_token_num {settings.max_total_token_num}, --mem_fraction {settings.mem_fraction:g}: "
                           f"no room for a KV page of {page_size} tokens")
@@ -115,6 +116,11 @@ def choose_sizes(settings: EngineSettings, config: ModelConfig) -> EngineSizes:
         max_num_seqs=settings.running_max_req_size or (CPU_MAX_SEQS if is_cpu else GPU_MAX_SEQS),
         chunk_size=settings.chunked_prefill_size or (CPU_CHUNK_SIZE if is_cpu else GPU_CHUNK_SIZE),
         background_tokens=CPU_BACKGROUND_TOKENS if is_cpu else GPU_BACKGROUND_TOKENS)
+
+
+def _ranks_share(settings: EngineSettings, config: ModelConfig) -> ModelConfig:
+    """What one rank's cache holds of the model."""
+    return ParallelSizes(tp=settings.ranks.tp, dp=settings.ranks.dp).local(config)
 
 
 def _dtype(settings: EngineSettings, config: ModelConfig, is_cpu: bool) -> torch.dtype:

@@ -72,6 +72,7 @@ def _run(argv: list[str] | None) -> int:
     logging.basicConfig(level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s rank %(name)s: %(message)s")
     settings = resolve(worker.engine)
     config = ModelConfig.from_dir(Path(settings.model_dir))
+    groups.checked(settings, config)
     sizes = choose_sizes(settings, config)
     with groups.joined(settings, config, sizes) as group:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # its leader finishes what it has, then says Stop

@@ -194,7 +194,7 @@ def joined(settings: EngineSettings, config: ModelConfig, engine: EngineSizes) -
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=sizes.tp,
                                 timeout=COLLECTIVE_TIMEOUT, device_id=device if device.type == "cuda" else None)
-        yield Group(ranks, sizes, rank, member, formed, Parallel.join(sizes, rank), listeners, token)
+        yield Group(ranks, sizes, rank, member, formed, Parallel.join(sizes), listeners, token)
         member.leave(DONE)
     except ConfigError as error:
         member.leave(DONE, str(error))

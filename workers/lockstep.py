@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import msgpack
 
 from coordinator.errors import MalformedMessage
-from workers.batch import Together
+from workers.batch import Agreed
 from workers.channel import BlockingChannel
 
 
@@ -98,7 +98,7 @@ class Lockstep:
     def wake(self, wake: Wake) -> None:
         self._is_woken |= wake.round > self._round
 
-    def turn(self, num_tokens: int, *, is_only_decodes: bool, is_leaving: bool = False) -> Together | None:
+    def turn(self, num_tokens: int, *, is_only_decodes: bool, is_leaving: bool = False) -> Agreed | None:
         """What all run now; None: nothing, wait for a command or a Wake."""
         if not (num_tokens or self._is_awake or self._is_woken or is_leaving):
             return None
@@ -109,7 +109,7 @@ class Lockstep:
         assert go.round == self._round, f"round {self._round}, and the conductor says {go.round}"
         self.are_all_leaving = go.are_all_leaving
         self._is_awake = any(go.num_tokens)
-        return Together(num_tokens=go.num_tokens, is_only_decodes=go.is_only_decodes) if self._is_awake else None
+        return Agreed(max(go.num_tokens), go.is_only_decodes) if self._is_awake else None
 
 
 # ---- over sockets ----

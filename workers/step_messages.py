@@ -11,7 +11,7 @@ import msgpack
 
 from coordinator.errors import MalformedMessage
 from coordinator.messages import KVLayout, pack_ids, unpack_ids
-from workers.batch import ForwardBatch, Together
+from workers.batch import Agreed, ForwardBatch
 from workers.sequence import num_pages_for
 
 
@@ -68,9 +68,9 @@ def encode_step(batch: ForwardBatch, page_size: int) -> bytes:
     pages: list[int] = []
     for table, seq_len in zip(batch.page_tables, batch.seq_lens, strict=True):
         pages += table[:num_pages_for(seq_len, page_size)]
-    together = batch.together and [batch.together.num_tokens, batch.together.is_only_decodes]
+    agreed = batch.agreed and [batch.agreed.num_rows, batch.agreed.is_decode]
     return msgpack.packb(["step", pack_ids(batch.token_ids), pack_ids(batch.query_lens), pack_ids(batch.seq_lens),  # type: ignore[no-any-return]
-                          pack_ids(pages), pack_ids(batch.logit_rows), batch.carried, together])
+                          pack_ids(pages), pack_ids(batch.logit_rows), batch.carried, agreed])
 
 
 def decode(data: bytes, page_size: int = 1) -> Message | ForwardBatch:
@@ -89,7 +89,7 @@ def _step(body: list[Any], page_size: int) -> ForwardBatch:
     token_ids, query_lens, seq_lens, pages, logit_rows = map(unpack_ids, body[:5])
     batch = ForwardBatch(token_ids, [], [], query_lens, seq_lens, [], logit_rows, list(body[5]))
     if body[6] is not None:
-        batch.together = Together(num_tokens=tuple(body[6][0]), is_only_decodes=bool(body[6][1]))
+        batch.agreed = Agreed(*body[6])
     first = 0
     for query_len, seq_len in zip(query_lens, seq_lens, strict=True):
         table = pages[first:first + num_pages_for(seq_len, page_size)]
