@@ -57,7 +57,6 @@ class Desk:
         self._facts = facts or {}
         self._groups: dict[str, _Group] = {}
         self._generation = 0
-        self._loop = asyncio.new_event_loop()
         self._listening = threading.Event()
         self._failure: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="desk", daemon=True)
@@ -85,20 +84,23 @@ class Desk:
         self.stop()
 
     def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
+        self._loop = asyncio.new_event_loop()
         try:
             server = self._loop.run_until_complete(asyncio.start_server(self._serve, self._host, self._port))
         except OSError as error:
             self._failure = error
+            self._loop.close()
             self._listening.set()
             return
         self._port = server.sockets[0].getsockname()[1]
         self._listening.set()
         self._loop.run_forever()
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
         server.close()
-        self._loop.run_until_complete(asyncio.sleep(0))
+        serving = asyncio.all_tasks(self._loop)
+        for task in serving:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*serving, return_exceptions=True))
+        self._loop.run_until_complete(asyncio.sleep(0.01))  # transports close in callbacks
         self._loop.close()
 
     # ---- one connection ----
@@ -112,12 +114,12 @@ class Desk:
                 self._answer_node(writer, body)
             elif body is not None and body.get("op") == "join":
                 await self._seat(reader, writer, body)
+        except asyncio.CancelledError:
+            pass  # the desk stops
         except (MalformedMessage, KeyError, TypeError, ValueError) as error:
             log.warning("desk: a connection was closed: %s", error)
         finally:
-            with contextlib.suppress(OSError):
-                await writer.drain()
-            writer.close()
+            writer.close()  # sends what is buffered first
 
     def _answer_node(self, writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
         if (difference := _difference(self._facts, body["facts"], "node 0")) is not None:
