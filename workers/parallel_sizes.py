@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from coordinator.errors import ConfigError
 from kernels.block_fp8 import BLOCK
+from workers.batch import Agreed
 from workers.model_config import ModelConfig
 
 MOE_MODES = ("TP", "EP")
@@ -60,6 +61,12 @@ class ParallelSizes:
         """`config` with the numbers of heads that one rank computes: what its KV pool and its kernels are sized by."""
         kv_heads = config.num_heads // self.attn_tp if config.mla else len(self.kv_heads(config, 0))
         return replace(config, num_heads=config.num_heads // self.attn_tp, num_kv_heads=kv_heads)
+
+    def capacity(self, agreed: Agreed | None) -> int:
+        """Rows of a dp group that an exchange without sizes makes room for in this step; 0: sizes are exchanged."""
+        if agreed is None or not self.is_ep or not (self.exchange == "padded" or (agreed.is_decode and self.exchange != "exact")):
+            return 0
+        return agreed.num_rows
 
     def validate(self, config: ModelConfig, *, keeps_fp8: bool = False) -> None:
         """Raises ConfigError naming the flag that this model cannot honour. `keeps_fp8`: FP8 weights stay FP8 (on a GPU)."""

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from workers.batch import ForwardBatch
+from workers.batch import Agreed, ForwardBatch
 from workers.model_runner import ModelRunner
 from workers.parallel import Parallel, ParallelSizes
 
-PAGE_SIZE, PAGES_EACH, NUM_STEPS, NEW_TOKENS, CHUNK = 8, 8, 34, 12, 7
+PAGE_SIZE, PAGES_EACH, NUM_STEPS, NEW_TOKENS, CHUNK = 8, 8, 19, 8, 9
 LENGTHS = {0: (1, 19, 30), 1: (23, 4), 2: (), 3: (9,)}  # prompts by dp group: one group never has work
 
 
@@ -87,14 +87,29 @@ def no_agreement(batch: ForwardBatch) -> None:
     pass
 
 
+def agreement(group: dist.ProcessGroup) -> Any:
+    """What the farm's lockstep tells: the most rows of any group, and whether all have decodes only."""
+
+    def agree(batch: ForwardBatch) -> None:
+        own = torch.tensor([len(batch.token_ids), int(any(count > 1 for count in batch.query_lens))])
+        dist.all_reduce(own, op=dist.ReduceOp.MAX, group=group)
+        num_rows, has_chunks = own.tolist()
+        batch.agreed = Agreed(num_rows, not has_chunks)
+
+    return agree
+
+
 def run_case(case: dict[str, Any], groups: dict[int, dist.ProcessGroup], folder: Path) -> list[list[int]]:
     sizes = ParallelSizes(**case["sizes"])
     parallel = Parallel.join(sizes, groups[sizes.tp])
     runner = ModelRunner(Path(case["model"]), "cpu", torch.float32, 40, PAGE_SIZE, load_workers=2, parallel=parallel)
+    agree = agreement(groups[sizes.tp]) if case.get("agrees") else no_agreement
     runner.warmup()
-    logits = runner.forward(whole_prompt(21))
+    batch = whole_prompt(21)
+    agree(batch)
+    logits = runner.forward(batch)
     torch.save(logits, folder / f"{case['name']}-{dist.get_rank()}.pt")
-    return serve(runner, sizes.dp_rank(parallel.rank), no_agreement)
+    return serve(runner, sizes.dp_rank(parallel.rank), agree)
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
 """A stack of pre-norm transformer layers: the frame that all supported models share.
 
-A forward pass is a generator that yields wherever data is under way to other ranks and something else could be computed. Run
-straight on, it is a plain pass; two of them in turns hide the travels of each behind the computation of the other.
+A forward pass is made of `turns`: run straight on, it is a plain pass; two of them in turns hide what travels for each behind the
+computation of the other.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from kernels.ops import Ops
 from workers.loader import Checkpoint
+from workers.model.spread_moe import SpreadMoe
 from workers.model.step import Step
+from workers.model.turns import MlpSteps, Steps, run, run_both
 from workers.model.vocabulary import Vocabulary
 from workers.model_config import ModelConfig
 from workers.parallel import RankGroup
@@ -25,40 +27,7 @@ class Attention(Protocol):
 
 
 MakeAttention = Callable[[str], Attention]                       # (prefix) -> the attention of one layer
-Mlp = Callable[[Tensor, Step], Tensor]                           # [T, D] -> [T, D], or [T, k, D] to be summed over k
-Steps = Generator[None, None, Tensor]                            # yields while data is under way
-MlpSteps = Callable[[Tensor, Step], Steps]                       # Mlp with such pauses
 MakeMlp = Callable[[str, int], MlpSteps]                         # (prefix, layer) -> its feed-forward block
-
-
-def at_once(mlp: Mlp) -> MlpSteps:
-    """A block that never pauses."""
-
-    def steps(x: Tensor, step: Step) -> Steps:
-        return mlp(x, step)
-        yield
-
-    return steps
-
-
-def run(steps: Steps) -> Tensor:
-    """Straight on."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: Tensor = end.value
-            return result
-
-
-def run_both(first: Steps, second: Steps) -> tuple[Tensor, Tensor]:
-    """In turns, `first` ahead. Both pause equally often: they are passes through the same layers."""
-    while True:
-        try:
-            next(first)
-        except StopIteration as end:
-            return end.value, run(second)
-        next(second)
 
 
 class Layer:
@@ -98,6 +67,7 @@ class Decoder:
             return Layer(weights, prefix, config, ops, make_attention(f"{prefix}.self_attn"), make_mlp(f"{prefix}.mlp", index))
 
         self._layers = weights.build(make_layer, range(config.num_layers), num_threads)
+        self.spread: list[SpreadMoe] = []  # its blocks whose experts are spread over ranks, layer by layer
 
     def __call__(self, step: Step, caches: Sequence[Tensor]) -> Tensor:
         """Logits [R, vocab] float32 of the rows that `step` asks for; `caches` has one tensor per layer."""

@@ -6,11 +6,12 @@ from torch import Tensor
 from kernels.ops import Ops
 from workers.cut import Cut
 from workers.loader import Checkpoint
-from workers.model.decoder import Decoder, at_once
+from workers.model.decoder import Decoder
 from workers.model.mlp import GatedMlp
 from workers.model.rope import pair_neighbours, softmax_scale
 from workers.model.step import Step
 from workers.model.summed_linear import SummedLinear
+from workers.model.turns import at_once
 from workers.model_config import ModelConfig
 from workers.parallel import ONE, Parallel
 
