@@ -16,6 +16,7 @@ from typing import Any
 from coordinator.errors import ConfigError, MalformedMessage
 from coordinator.messages import decode_map, encode_map
 from coordinator.rendezvous import CRASHED, DONE, HEADER, MAX_FRAME_BYTES, SILENCE_S, VANISHED
+from coordinator.tasks import end
 
 log = logging.getLogger(__name__)
 
@@ -95,12 +96,7 @@ class Desk:
         self._port = server.sockets[0].getsockname()[1]
         self._listening.set()
         self._loop.run_forever()
-        server.close()
-        serving = asyncio.all_tasks(self._loop)
-        for task in serving:
-            task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*serving, return_exceptions=True))
-        self._loop.run_until_complete(asyncio.sleep(0.01))  # transports close in callbacks
+        self._loop.run_until_complete(_close(server))
         self._loop.close()
 
     # ---- one connection ----
@@ -184,6 +180,12 @@ class Desk:
             if body.get("op") == "leave":
                 return (CRASHED if body.get("why") == CRASHED else DONE), str(body.get("text", ""))
             chair.tell(op="beat")
+
+
+async def _close(server: asyncio.Server) -> None:
+    server.close()
+    await end(asyncio.all_tasks() - {asyncio.current_task()})
+    await asyncio.sleep(0.01)  # transports close in callbacks
 
 
 def _difference(theirs: dict[str, str], ours: dict[str, str], whose: str) -> str | None:
