@@ -15,10 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from coordinator import lifeline, serve_flags
+from coordinator import lifeline, serve_flags, serve_ranks
 from coordinator.embedded import EmbeddedServices
 from coordinator.errors import ConfigError, TokenmillError
 from coordinator.farm_access import with_key
+from coordinator.rendezvous import PEER_STATUS
 
 POLL_S = 0.1
 MAX_FAST_DEATHS = 3          # a child that dies this often within FAST_S each is a fault that a restart does not heal
@@ -45,6 +46,9 @@ class Child:
         if status is None:
             return
         os.close(self._lifeline)
+        if status in PEER_STATUS.values():  # its group broke, since another rank ended: that one's supervisor counts
+            self.start()
+            return
         now = time.monotonic()
         self._deaths = [at for at in self._deaths if now - at < FAST_S] + [now]
         if len(self._deaths) >= MAX_FAST_DEATHS or status == 2:
@@ -93,7 +97,8 @@ def serve(flags: argparse.Namespace) -> int:
         try:
             nats_url, redis_url = _servers(flags, stack)
             port = _rest_port(flags)
-            children = _start_children(flags, nats_url, redis_url, port, stack)
+            desk = serve_ranks.open_desk(flags, nats_url, redis_url, stack)
+            children = _start_children(flags, nats_url, redis_url, port, desk, stack)
             _announce(flags, children, port)
             while True:
                 for child in children:
@@ -110,9 +115,11 @@ def _raise_stop(number: int, frame: FrameType | None) -> None:
 
 
 def _servers(flags: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[str, str]:
-    """URLs of NATS and Redis: given, asked from the pd_master, or started here."""
+    """URLs of NATS and Redis: given, asked from node 0 or the pd_master, or started here."""
     if flags.nats_url:
         return flags.nats_url, flags.redis_url
+    if serve_ranks.is_other_node(flags):
+        return serve_ranks.ask_node_0(flags)
     if flags.run_mode in ("prefill", "decode"):
         return _ask_master(flags.pd_master_ip, flags.pd_master_port)
     state_dir = _state_dir(flags)
@@ -153,7 +160,7 @@ def _ask_master(host: str, port: int) -> tuple[str, str]:
 
 def _rest_port(flags: argparse.Namespace) -> int:
     """A port for the REST shim; taken is an error before anything heavy starts."""
-    if flags.run_mode not in ("normal", "pd_master"):
+    if flags.run_mode not in ("normal", "pd_master") or serve_ranks.is_other_node(flags):
         return 0
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -165,7 +172,8 @@ def _rest_port(flags: argparse.Namespace) -> int:
         return bound
 
 
-def _start_children(flags: argparse.Namespace, nats_url: str, redis_url: str, port: int, stack: contextlib.ExitStack) -> list[Child]:
+def _start_children(flags: argparse.Namespace, nats_url: str, redis_url: str, port: int, desk: str,
+                    stack: contextlib.ExitStack) -> list[Child]:
     children: list[Child] = []
 
     def stop_all() -> None:
@@ -185,7 +193,7 @@ def _start_children(flags: argparse.Namespace, nats_url: str, redis_url: str, po
     stack.callback(stop_all)
     common = ["--nats_url", nats_url, "--redis_url", redis_url, "--model_dir", flags.model_dir, "--model_name", flags.model_name,
               "--max_req_total_len", str(flags.max_req_total_len), "--max_queued", str(flags.max_queued), "--log_level", flags.log_level]
-    if flags.run_mode in ("normal", "pd_master"):
+    if port:
         children.append(Child("REST shim", "producers.rest", [
             *common, "--host", flags.host, "--port", str(port), "--max_body_bytes", str(flags.max_body_bytes),
             "--max_queued_tokens", str(flags.max_queued_tokens), "--max_tenant_jobs", str(flags.max_tenant_jobs),
@@ -194,7 +202,8 @@ def _start_children(flags: argparse.Namespace, nats_url: str, redis_url: str, po
             "--cors_origins", flags.cors_origins, *(["--insecure"] if flags.insecure else [])]))
     if flags.run_mode in ("normal", "prefill", "decode"):
         role = "both" if flags.run_mode == "normal" else flags.run_mode
-        children.append(Child(f"{role} worker", "workers.worker", [*common, *_worker_args(flags, role)]))
+        for name, module, args in serve_ranks.processes(flags, role, [*common, *_worker_args(flags, role)], desk):
+            children.append(Child(name, module, args))
     return children
 
 
@@ -209,7 +218,7 @@ def _worker_args(flags: argparse.Namespace, role: str) -> list[str]:
 
 def _announce(flags: argparse.Namespace, children: list[Child], port: int) -> None:
     """Wait until requests are answered, then say so, with a line to paste."""
-    if flags.run_mode in ("prefill", "decode"):
+    if not port:
         return  # the worker says itself when it is ready
     url = f"http://{flags.host}:{port}"
     path = "/readiness" if flags.run_mode == "normal" else "/liveness"

@@ -66,7 +66,7 @@ def test_whatever_ends_the_farm_no_process_and_no_port_stays(tmp_path: Path, tin
 
 
 @pytest.mark.parametrize(("flags", "environment", "said"), [
-    (["--model_dir", "m", "--tp", "8"], {}, "--tp 8"), (["--model_dir", "m", "--enable-mps"], {}, "--enable_mps"),
+    (["--model_dir", "m", "--tp", "8", "--dp", "3"], {}, "--dp 3"), (["--model_dir", "m", "--enable-mps"], {}, "--enable_mps"),
     (["--model_dir", "m"], {"MOE_MODE": "EP"}, "MOE_MODE=EP"), (["--model_dir", "m", "--run_mode", "config_server"], {}, "config_server"),
     (["--model_dir", MODEL, "--host", "0.0.0.0"], {}, "--insecure"), (["--model_dir", "m", "--run_mode", "prefill"], {}, "--pd_master_ip"),
     (["--model_dir", "m"], {"LOADWORKER": "many"}, "LOADWORKER"), ([], {}, "--model_dir"),
