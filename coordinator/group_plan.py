@@ -13,7 +13,6 @@ from coordinator.errors import ConfigError
 
 MOE_MODES = ("TP", "EP")
 TOKEN_VARIABLE = "TOKENMILL_GROUP_TOKEN"       # what ranks show at the desk; in the environment, where `ps` does not tell it
-CLUSTER_TOKEN_VARIABLE = "TOKENMILL_CLUSTER_TOKEN"
 DEFAULT_PORT = 28765
 
 
