@@ -17,7 +17,12 @@ class Node:
 
     address: str
     run: tuple[str, ...]
-    device: str
+    namespace: str
+    wire: str
+
+    def plug(self, *, is_in: bool) -> None:
+        """Out: nothing arrives any more, and nobody is told."""
+        _ip("-n", self.namespace, "link", "set", self.wire, "up" if is_in else "down")
 
 
 def why_not() -> str:
@@ -36,7 +41,8 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
     """Joined by one wire, each on 10.213.77.0/24."""
     names = [f"{PREFIX}{os.getpid() % 10000}-{index}" for index in range(2)]
     wires = [f"{PREFIX}{os.getpid() % 10000}w{index}" for index in range(2)]
-    nodes = [Node(address=f"10.213.77.{index + 1}", run=("ip", "netns", "exec", names[index]), device=wires[index]) for index in range(2)]
+    nodes = [Node(address=f"10.213.77.{index + 1}", run=("ip", "netns", "exec", names[index]), namespace=names[index], wire=wires[index])
+             for index in range(2)]
     with contextlib.ExitStack() as stack:
         for name in names:
             _ip("netns", "add", name)

@@ -91,19 +91,20 @@ def farm_of_two(folder: Path, model_dir: Path, *flags: str, environment: dict[st
 
 @pytest.mark.skipif(bool(NO_NAMESPACES), reason=NO_NAMESPACES)
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("flags", "environment"), [(("--tp", "2"), {}), (("--tp", "4", "--dp", "4"), {"MOE_MODE": "EP"})],
-                         ids=["2.1 multi-node TP", "2.2 multi-node EP"])
-def test_two_nodes_answer_as_one_and_a_node_that_is_cut_off_costs_no_token(tmp_path: Path, tiny_v3: Path, flags: tuple[str, ...],
-                                                                               environment: dict[str, str]) -> None:
+@pytest.mark.parametrize(("flags", "environment", "loss"), [
+    (("--tp", "2"), {}, "killed"), (("--tp", "4", "--dp", "4"), {"MOE_MODE": "EP"}, "unplugged"),
+], ids=["2.1 multi-node TP, node 1 killed", "2.2 multi-node EP, node 1 unplugged"])
+def test_two_nodes_answer_as_one_and_a_node_that_is_lost_costs_no_token(tmp_path: Path, tiny_v3: Path, flags: tuple[str, ...],
+                                                                           environment: dict[str, str], loss: str) -> None:
     with farm_of_two(tmp_path, tiny_v3, *flags, environment=environment) as farm:
         assert farm.answers(PROMPTS, 24) == greedy(tiny_v3, PROMPTS, 24)
         client = farm.ask(PROMPTS[:5], 150)
         assert client.stdout is not None and client.stdout.readline() == "under way\n"
-        farm.kill_node_1()
-        give_up_at = time.monotonic() + 30
+        farm.kill_node_1() if loss == "killed" else farm.nodes[1].plug(is_in=False)
+        give_up_at = time.monotonic() + 60
         while "vanished" not in farm.served[0].log:
             assert time.monotonic() < give_up_at, farm.log
             time.sleep(0.1)
-        farm.served[1].start()
+        farm.served[1].start() if loss == "killed" else farm.nodes[1].plug(is_in=True)
         assert farm.read(client) == greedy(tiny_v3, PROMPTS[:5], 150)
         assert farm.answers([[5]], 12) == greedy(tiny_v3, [[5]], 12)
