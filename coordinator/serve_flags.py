@@ -29,6 +29,7 @@ def parse(argv: list[str], environment: Mapping[str, str] = os.environ) -> argpa
     """Flags and environment as one namespace. Raises ConfigError for what cannot be honoured; exits with 2 on what cannot be parsed."""
     flags = _parser().parse_args(argv)
     flags.load_workers = _load_workers(environment)
+    flags.kv_transfer = _kv_transfer(flags.kv_transfer, environment)
     _refuse_what_is_not_there(flags, environment)
     return flags
 
@@ -84,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--pd_master_ip", default="", help="prefill, decode: where the pd_master is")
     add("--pd_master_port", type=int, default=PD_MASTER_PORT, help="its REST port (default: %(default)s)")
     add("--worker_id", default="", help="name of this worker in the farm (default: role and process id)")
+    add("--kv_transfer", choices=["auto", "mapped", "collective"], default="",
+        help="how keys and values are handed over. mapped: memory of this host (CUDA IPC between GPUs). collective: NCCL or gloo, from "
+             "any host. auto: mapped where it can be (default; KV_TRANS_USE_P2P=0 makes it collective)")
+    add("--kv_host", default="", help="prefill: the address where decode workers of other hosts fetch keys and values (default: the one "
+        "towards NATS)")
     add("--nnodes", type=int, default=1, help="nodes of the group (this version: 1)")
     add("--node_rank", type=int, default=0)
     add("--nccl_host", default="127.0.0.1", help="rendezvous of several ranks; one rank needs none")
@@ -110,6 +116,16 @@ def _load_workers(environment: Mapping[str, str]) -> int:
     if not given.isdigit() or int(given) < 1:
         raise ConfigError(f"LOADWORKER={given!r}: must be a number of threads, at least 1")
     return int(given)
+
+
+def _kv_transfer(given: str, environment: Mapping[str, str]) -> str:
+    """LightLLM's KV_TRANS_USE_P2P asks for CUDA IPC where our flag is not given; one that contradicts the flag is refused."""
+    p2p = environment.get("KV_TRANS_USE_P2P", "")
+    if p2p not in ("", "0", "1"):
+        raise ConfigError(f"KV_TRANS_USE_P2P={p2p!r}: must be 0 or 1")
+    if (p2p == "1" and given == "collective") or (p2p == "0" and given == "mapped"):
+        raise ConfigError(f"KV_TRANS_USE_P2P={p2p} contradicts --kv_transfer {given}: give one of them")
+    return given or ("collective" if p2p == "0" else "auto")
 
 
 def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[str, str]) -> None:

@@ -28,7 +28,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from coordinator.errors import ConfigError, InvalidField, LayoutMismatch, PagesExhausted
-from coordinator.messages import KVLayout
+from coordinator.messages import KVLayout, KVRank
 from workers.channel import BlockingChannel
 from workers.cpu_threads import CpuThreads
 from workers.engine_messages import (
@@ -55,7 +55,7 @@ from workers.engine_messages import (
 from workers.engine_sizes import EngineSizes, choose_sizes, resolve
 from workers.executor import EagerExecutor, Executor, Flight
 from workers.guided import Grammars, GuideMaker
-from workers.kv_cache import check_same_layout
+from workers.kv_cache import KVCache, check_same_layout
 from workers.model_config import ModelConfig
 from workers.model_runner import ModelRunner
 from workers.page_copier import PageCopier
@@ -63,6 +63,8 @@ from workers.sampler import Sampler
 from workers.scheduler import PageCopy, Scheduler, SchedulerSettings, Step
 from workers.sequence import Limits, Sequence, open_sequence
 from workers.settings import EngineSettings
+from workers.transfer.desk import Desk
+from workers.transfer.reach import COLLECTIVE, MAPPED
 
 log = logging.getLogger(__name__)
 
@@ -243,10 +245,17 @@ def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None], 
     executor.warm_up()
     gc.collect()
     gc.freeze()  # the model's objects live for good: later collections need not look at them
-    send(Ready(layout=layout, pool=PoolAddress(address=cache.address, num_pages=cache.num_pages), device=settings.device,
+    send(Ready(layout=layout, pool=PoolAddress(ranks=(_ways(settings, cache),), num_pages=cache.num_pages), device=settings.device,
                max_total_tokens=cache.num_pages * sizes.page_size, max_seq_len=sizes.max_seq_len, max_num_seqs=sizes.max_num_seqs,
                chunk_size=sizes.chunk_size, vocab_size=config.vocab_size, eos_ids=tuple(config.eos_ids)))
     return engine
+
+
+def _ways(settings: EngineSettings, cache: KVCache) -> KVRank:
+    """How other workers reach this rank's pool. The desk lives as long as this process."""
+    has_desk = settings.role == "prefill" and settings.kv_transfer != MAPPED
+    return KVRank(address=cache.address if settings.kv_transfer != COLLECTIVE else "",
+                  desk=Desk(cache, settings.kv_host).address if has_desk else "")
 
 
 def _load_executor(settings: EngineSettings, config: ModelConfig, sizes: EngineSizes, progress: Callable[[int, int], None]) -> Executor:
