@@ -96,7 +96,8 @@ class Giver:
 
     async def _publish(self, active: ActiveJob) -> None:
         handle = self._handle(active).encode()
-        await self._jobs.until_available(lambda: self._bus.publish_handoff(self._me.model, handle))
+        lane = subjects.BACKGROUND_LANE if active.is_background else subjects.ANY_LANE
+        await self._jobs.until_available(lambda: self._bus.publish_handoff(self._me.model, handle, lane=lane))
 
     def _handle(self, active: ActiveJob) -> KVHandle:
         shown = active.shown

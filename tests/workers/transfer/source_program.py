@@ -1,5 +1,5 @@
-"""A source rank in a process of its own: `kind num_pages tp_size rank device width`. Prints its two addresses; each line of input is a
-salt to fill the pool with anew, answered when that is done."""
+"""A source in a process of its own, all its ranks: `kind num_pages tp_size device width`. Prints each rank's two addresses; a line of
+input is a salt to fill the pools with anew, answered when that is done."""
 
 import json
 import sys
@@ -12,12 +12,13 @@ from workers.transfer.desk import Desk
 
 
 def main() -> None:
-    kind, num_pages, tp_size, rank, device, width = sys.argv[1:]
-    pool = make_pool(kind, int(num_pages), int(tp_size), int(rank), device, width=int(width))
-    desk = Desk(pool, "127.0.0.1", silence_s=2.0)
-    print(json.dumps({"address": pool.address, "desk": desk.address}), flush=True)
+    kind, num_pages, tp_size, device, width = sys.argv[1:]
+    pools = [make_pool(kind, int(num_pages), int(tp_size), rank, device, width=int(width)) for rank in range(int(tp_size))]
+    desks = [Desk(pool, "127.0.0.1", silence_s=2.0) for pool in pools]
+    print(json.dumps([{"address": pool.address, "desk": desk.address} for pool, desk in zip(pools, desks, strict=True)]), flush=True)
     for line in sys.stdin:
-        fill(pool, kind, int(tp_size), int(rank), int(line))
+        for rank, pool in enumerate(pools):
+            fill(pool, kind, int(tp_size), rank, int(line))
         print("filled", flush=True)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from coordinator.messages import KVRank
 from tests.workers.transfer.pools import PAGE_SIZE, WIDTH, layout_of, make_pool
 from workers.kv_cache import KVCache
 from workers.transfer.collective import CollectiveLink
@@ -20,19 +21,18 @@ SILENCE_S = 2.0
 
 
 class Source:
-    """One rank of a source, in a process of its own."""
+    """The ranks of a source, in a process of their own."""
 
-    def __init__(self, kind: str, num_pages: int, tp_size: int = 1, rank: int = 0, device: str = "cpu", width: int = WIDTH) -> None:
-        self.kind, self.num_pages, self.tp_size, self.rank, self.width = kind, num_pages, tp_size, rank, width
+    def __init__(self, kind: str, num_pages: int, tp_size: int = 1, device: str = "cpu", width: int = WIDTH) -> None:
+        self.kind, self.num_pages, self.tp_size, self.width = kind, num_pages, tp_size, width
         program = Path(__file__).with_name("source_program.py")
         self.process = subprocess.Popen(
-            [sys.executable, str(program), kind, str(num_pages), str(tp_size), str(rank), device, str(width)], stdin=subprocess.PIPE,
+            [sys.executable, str(program), kind, str(num_pages), str(tp_size), device, str(width)], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def wait_ready(self) -> "Source":
         assert self.process.stdout is not None
-        said = json.loads(self.process.stdout.readline())
-        self.address, self.desk = said["address"], said["desk"]
+        self.ranks = [KVRank(**rank) for rank in json.loads(self.process.stdout.readline())]
         return self
 
     def fill(self, salt: int) -> None:
@@ -72,13 +72,13 @@ class Loopback:
         pass
 
 
-def open_link(family: str, pool: KVCache, source: Source) -> Link:
+def open_link(family: str, pool: KVCache, source: Source, rank: int = 0) -> Link:
     stream = torch.cuda.Stream() if pool.device.type == "cuda" else None
     if family == "loopback":
-        return Loopback(pool, make_pool(source.kind, source.num_pages, source.tp_size, source.rank))
+        return Loopback(pool, make_pool(source.kind, source.num_pages, source.tp_size, rank))
     if family == "mapped":
-        return MappedLink(pool, source.address, source.num_pages, layout_of(source.kind, source.tp_size, source.width), stream)
-    return CollectiveLink(pool, source.desk, stream, SILENCE_S)
+        return MappedLink(pool, source.ranks[rank].address, source.num_pages, layout_of(source.kind, source.tp_size, source.width), stream)
+    return CollectiveLink(pool, source.ranks[rank].desk, stream, SILENCE_S)
 
 
 def fetch(links: list[Link], pool: KVCache, src_pages: list[int], dst_pages: list[int], num_tokens: int, rank: int = 0) -> None:
