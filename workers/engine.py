@@ -55,7 +55,7 @@ from workers.engine_messages import (
 from workers.engine_sizes import EngineSizes, choose_sizes, resolve
 from workers.executor import EagerExecutor, Executor, Flight
 from workers.guided import Grammars, GuideMaker
-from workers.kv_cache import KVCache, check_same_layout
+from workers.kv_cache import check_same_layout
 from workers.model_config import ModelConfig
 from workers.model_runner import ModelRunner
 from workers.page_copier import PageCopier
@@ -113,6 +113,13 @@ class Engine:
         self._are_stats_due = True  # a sequence ended: tell, also if nothing seems to have changed
         self._is_checked = is_checked
         self._is_shut_down = False
+        self.desk: Desk | None = None  # where other hosts ask for pages of this rank
+
+    def close(self) -> None:
+        """Behind `run`: let go of whom pages are copied from and to."""
+        self._copier.close()
+        if self.desk is not None:
+            self.desk.close()
 
     def run(self) -> None:
         self._send_stats(is_idle=True)
@@ -242,20 +249,16 @@ def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None], 
     limits = Limits(vocab_size=config.vocab_size, max_seq_len=sizes.max_seq_len, prefill_only=settings.role == "prefill")
     grammars = Grammars(Path(settings.model_dir), config.vocab_size, sorted(config.eos_ids))
     engine = Engine(executor, scheduler, limits, layout, inbox, send, grammars=grammars, is_checked=is_checked)
+    if settings.role == "prefill" and settings.kv_transfer != MAPPED:
+        engine.desk = Desk(cache, settings.kv_host)
+    ways = KVRank(address=cache.address if settings.kv_transfer != COLLECTIVE else "", desk=engine.desk.address if engine.desk else "")
     executor.warm_up()
     gc.collect()
     gc.freeze()  # the model's objects live for good: later collections need not look at them
-    send(Ready(layout=layout, pool=PoolAddress(ranks=(_ways(settings, cache),), num_pages=cache.num_pages), device=settings.device,
+    send(Ready(layout=layout, pool=PoolAddress(ranks=(ways,), num_pages=cache.num_pages), device=settings.device,
                max_total_tokens=cache.num_pages * sizes.page_size, max_seq_len=sizes.max_seq_len, max_num_seqs=sizes.max_num_seqs,
                chunk_size=sizes.chunk_size, vocab_size=config.vocab_size, eos_ids=tuple(config.eos_ids)))
     return engine
-
-
-def _ways(settings: EngineSettings, cache: KVCache) -> KVRank:
-    """How other workers reach this rank's pool. The desk lives as long as this process."""
-    has_desk = settings.role == "prefill" and settings.kv_transfer != MAPPED
-    return KVRank(address=cache.address if settings.kv_transfer != COLLECTIVE else "",
-                  desk=Desk(cache, settings.kv_host).address if has_desk else "")
 
 
 def _load_executor(settings: EngineSettings, config: ModelConfig, sizes: EngineSizes, progress: Callable[[int, int], None]) -> Executor:
@@ -319,6 +322,7 @@ def main() -> int:
     try:
         engine = load(parse_settings(arguments.settings), inbox, lambda event: channel.send(encode(event)), is_checked=arguments.check)
         engine.run()
+        engine.close()
     except ConfigError as error:
         log.error("%s", error)
         return 2

@@ -158,9 +158,7 @@ class KVCache:
             if heads is None or (src_columns == dst_columns == self.columns(0, None) == other.columns(0, None)):
                 self._launch_copy(other, src_pages, dst_pages)
             else:
-                src, dst = (pool._flat.unflatten(1, (-1, size)) for pool in (other, self))
-                dst[:, _on(dst_pages, self.device), :, dst_columns] = (
-                    src[:, _on(src_pages, other.device), :, src_columns].to(self.device))
+                self._copy_heads(other, src_pages, dst_pages, src_columns, dst_columns)
             return
         first = 0
         for i in range(1, num_pages + 1):
@@ -183,6 +181,18 @@ class KVCache:
         if not 0 <= first_head * width < stop <= row:
             raise ValueError(f"heads {first_head} to {stop // width} of a pool that has {row // width}")
         return slice(first_head * width, stop)
+
+    def _copy_heads(self, other: "KVCache", src_pages: Sequence[int], dst_pages: Sequence[int], src_columns: slice,
+                    dst_columns: slice) -> None:
+        """Whole pages into memory of this GPU, which alone runs kernels here, then the heads into their places."""
+        from kernels.page_copy import gather_pages
+
+        size, count = self.page_size, len(src_pages)
+        pages = torch.tensor([src_pages, dst_pages], dtype=torch.int32, pin_memory=True).to(self.device, non_blocking=True)
+        packed = torch.empty(self._flat.shape[0], count * size, other._flat.shape[2], dtype=self._flat.dtype, device=self.device)
+        gather_pages(other._flat, pages[0], size, packed)
+        by_page = self._flat.unflatten(1, (-1, size))[..., dst_columns]
+        by_page.index_copy_(1, pages[1].long(), packed.unflatten(1, (count, size))[..., src_columns])
 
     def _launch_copy(self, other: "KVCache", src_pages: Sequence[int], dst_pages: Sequence[int]) -> None:
         from kernels.page_copy import copy_pages  # Triton, which only a GPU needs
@@ -211,10 +221,6 @@ def _flat_shape(layout: KVLayout, num_pages: int) -> tuple[int, int, int]:
     planes = 1 if layout.kind == "mla" else 2
     elements = layout.row // planes // layout.num_kv_heads * len(heads_of(layout.num_kv_heads, layout.tp_size, 0))
     return layout.num_layers * planes, num_pages * layout.page_size, elements
-
-
-def _on(pages: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(pages, device=device)
 
 
 def _torch_dtype(layout: KVLayout) -> torch.dtype:

@@ -27,6 +27,9 @@ from workers.transfer.plan import Part, plan
 log = logging.getLogger(__name__)
 
 
+CLOSE_S = 2.0
+
+
 class PageCopier:
     """Copies from one source are made in order. `on_done(copy, error)` is called from a copying thread; error is "" if all went well.
 
@@ -65,6 +68,15 @@ class PageCopier:
         for part in parts:
             rank = source.ranks[part.source_rank]
             self._put(parcel, part, KVRank(address=rank.address) if rank.address else rank, fallback=rank)
+
+    def close(self) -> None:
+        """What waits for its turn is still copied, for a moment. A process must not exit in the middle of a communicator's calls."""
+        with self._lock:
+            lanes, self._lanes = list(self._lanes.values()), {}
+        for lane in lanes:
+            lane.end()
+        for lane in lanes:
+            lane.join(CLOSE_S)
 
     def _put(self, parcel: "_Parcel", part: Part, way: KVRank, fallback: KVRank | None) -> None:
         copy, pool = parcel.copy, self._pool

@@ -1,5 +1,6 @@
 """The control connection of a pair: small maps over TCP beside the wire that carries pages. Its end tells of the peer's death."""
 
+import contextlib
 import select
 import socket
 from typing import Any
@@ -53,4 +54,7 @@ class Control:
             return False
 
     def close(self) -> None:
+        """Also ends a `receive` that waits in another thread."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
         self._channel.close()

@@ -11,6 +11,7 @@ A target that is gone, slow or stopped costs its own thread until the timeout, n
 here: the target asks for that after the copy (docs/protocol.md, hand-over), and throws away what was not.
 """
 
+import contextlib
 import hmac
 import logging
 import secrets
@@ -31,6 +32,7 @@ from workers.transfer.wire import Wire
 log = logging.getLogger(__name__)
 
 MAX_PEERS = 128           # target ranks connected at once
+CLOSE_S = 2.0
 
 
 class Desk:
@@ -41,7 +43,7 @@ class Desk:
         self._pool = pool
         self._silence_s = silence_s
         self._token = secrets.token_hex(16)
-        self._controls: set[Control] = set()
+        self._peers: dict[Control, threading.Thread] = {}
         try:
             self._listener = socket.create_server((host, 0), backlog=MAX_PEERS)
         except OSError as error:
@@ -52,10 +54,15 @@ class Desk:
         threading.Thread(target=self._accept, name="KV desk", daemon=True).start()
 
     def close(self) -> None:
-        """Also ends what is under way."""
+        """Ends what is under way too. A process must not exit with such threads in the middle of a communicator's calls."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        for control in list(self._controls):
+        threads = dict(self._peers)
+        for control in threads:
             control.close()
+        for thread in threads.values():
+            thread.join(CLOSE_S)
 
     def _accept(self) -> None:
         while True:
@@ -63,13 +70,13 @@ class Desk:
                 sock, (host, *_) = self._listener.accept()
             except OSError:
                 return  # closed
-            if len(self._controls) >= MAX_PEERS:
+            if len(self._peers) >= MAX_PEERS:
                 log.warning("KV desk: %s turned away, %d targets are connected", host, MAX_PEERS)
                 sock.close()
                 continue
             control = Control(sock)
-            self._controls.add(control)
-            threading.Thread(target=self._serve, args=(control, host), name=f"KV desk {host}", daemon=True).start()
+            thread = self._peers[control] = threading.Thread(target=self._serve, args=(control, host), name=f"KV desk {host}", daemon=True)
+            thread.start()
 
     def _serve(self, control: Control, host: str) -> None:
         wire: Wire | None = None
@@ -83,10 +90,10 @@ class Desk:
         except Exception:
             log.exception("KV desk: target at %s", host)
         finally:
-            self._controls.discard(control)
             if wire is not None:
                 wire.close()
             control.close()
+            self._peers.pop(control, None)
 
     def _welcome(self, control: Control) -> Wire:
         hello = control.receive(self._silence_s)

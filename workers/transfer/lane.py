@@ -34,7 +34,8 @@ class Lane:
         self._idle_s = idle_s
         self._link: Link | None = None
         self._errands: queue.SimpleQueue[Errand | None] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     @property
     def is_empty(self) -> bool:
@@ -46,6 +47,9 @@ class Lane:
     def end(self) -> None:
         """When everything put before is done."""
         self._errands.put(None)
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         while True:

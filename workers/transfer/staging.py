@@ -49,7 +49,7 @@ def unpack(packed: Tensor, pool: KVCache, pages: Sequence[int], first_head: int,
         scatter_pages(packed, pool.flat, _device_pages(pool, pages), pool.page_size)
         return
     by_page = pool.flat.unflatten(1, (-1, pool.page_size))[..., columns]
-    by_page.index_copy_(1, _device_pages(pool, pages), packed.unflatten(1, (-1, pool.page_size)))
+    by_page.index_copy_(1, _device_pages(pool, pages).long(), packed.unflatten(1, (-1, pool.page_size)))
 
 
 def warm_up(pool: KVCache) -> None:
