@@ -54,7 +54,7 @@ class ModelRunner:
         self.dtype = dtype or getattr(torch, self.config.dtype)
         self.page_size = page_size
         self.kv_cache = KVCache.create(sizes.local(self.config), num_pages, page_size, self.dtype, self.device, weights_hash(model_dir),
-                                       sizes.attn_tp)
+                                       tp_size=sizes.attn_tp, whole=self.config)
         checkpoint = Checkpoint(model_dir, self.config, self.dtype, self.device, progress)
         self._model = BUILDERS[self.config.architecture](checkpoint, self.config, ops_for(self.device), load_workers, parallel)
         checkpoint.finish()
