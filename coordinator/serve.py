@@ -95,7 +95,7 @@ def serve(flags: argparse.Namespace) -> int:
         try:
             port = _rest_port(flags)
             queue = find_queue(flags, _state_dir(flags), stack)
-            desk = serve_ranks.open_desk(flags, queue.urls.nats_url, queue.urls.redis_url, stack)
+            desk = serve_ranks.open_desk(flags, queue.urls_for_workers, stack)
             children = _start_children(flags, queue, port, desk, stack)
             _announce(flags, children, port)
             while True:
@@ -134,7 +134,8 @@ def _rest_port(flags: argparse.Namespace) -> int:
         return bound
 
 
-def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, desk: str, stack: contextlib.ExitStack) -> list[Child]:
+def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, desk: serve_ranks.Meeting,
+                    stack: contextlib.ExitStack) -> list[Child]:
     children: list[Child] = []
 
     def stop_all() -> None:
@@ -173,15 +174,15 @@ def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, desk
             *(["--insecure"] if flags.insecure else [])], environment))
     if flags.run_mode in ("normal", "prefill", "decode"):
         role = "both" if flags.run_mode == "normal" else flags.run_mode
-        for name, module, args in serve_ranks.processes(flags, role, [*common, *_worker_args(flags, role)], desk):
-            children.append(Child(name, module, args, environment))
+        for name, module, args in serve_ranks.processes(flags, role, [*common, *_worker_args(flags, role)], desk.address):
+            children.append(Child(name, module, args, {**environment, **desk.environment}))
     return children
 
 
 def _worker_args(flags: argparse.Namespace, role: str) -> list[str]:
     args = ["--role", role, "--drain_timeout", str(flags.drain_timeout), "--load_workers", str(flags.load_workers)]
     for name in ("device", "data_type", "max_total_token_num", "mem_fraction", "running_max_req_size", "chunked_prefill_size", "page_size",
-                 "num_threads", "graph_max_batch_size", "engine_stall_s", "worker_id"):
+                 "num_threads", "graph_max_batch_size", "engine_stall_s", "worker_id", "kv_transfer", "kv_host"):
         if (value := getattr(flags, name)) != "":
             args += [f"--{name}", str(value)]
     return args + [f"--{name}" for name in ("disable_dynamic_prompt_cache", "disable_cudagraph", "enable_fa3") if getattr(flags, name)]

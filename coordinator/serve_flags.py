@@ -42,6 +42,7 @@ def parse(argv: list[str], environment: Mapping[str, str] = os.environ) -> argpa
     flags.cluster_token = _cluster_token(flags, environment)
     if flags.run_mode == "config_server":
         flags.config_server_host = flags.config_server_host or flags.host
+    flags.kv_transfer = _kv_transfer(flags.kv_transfer, environment)
     _refuse_what_is_not_there(flags, environment)
     return flags
 
@@ -102,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--pd_master_ip", default="", help="prefill, decode: where the pd_master is")
     add("--pd_master_port", type=int, default=0, help="its REST port (default: 1212, 60011 or 8000, whichever answers)")
     add("--worker_id", default="", help="name of this worker in the farm (default: role and process id)")
+    add("--kv_transfer", choices=["auto", "mapped", "collective"], default="",
+        help="how keys and values are handed over. mapped: memory of this host (CUDA IPC between GPUs). collective: NCCL or gloo, from "
+             "any host. auto: mapped where it can be (default; KV_TRANS_USE_P2P=0 makes it collective)")
+    add("--kv_host", default="", help="prefill: the address where decode workers of other hosts fetch keys and values (default: the one "
+        "towards NATS)")
     add("--nnodes", type=int, default=1, help="nodes that the ranks are spread over, in order (default: %(default)s)")
     add("--node_rank", type=int, default=0, help="which of them this is; node 0 has the REST port and the queue (default: %(default)s)")
     add("--nccl_host", default="127.0.0.1", help="address of node 0, where ranks of all nodes meet (default: %(default)s)")
@@ -140,6 +146,16 @@ def _load_workers(environment: Mapping[str, str]) -> int:
     return int(given)
 
 
+def _kv_transfer(given: str, environment: Mapping[str, str]) -> str:
+    """LightLLM's KV_TRANS_USE_P2P asks for CUDA IPC where our flag is not given; one that contradicts the flag is refused."""
+    p2p = environment.get("KV_TRANS_USE_P2P", "")
+    if p2p not in ("", "0", "1"):
+        raise ConfigError(f"KV_TRANS_USE_P2P={p2p!r}: must be 0 or 1")
+    if (p2p == "1" and given == "collective") or (p2p == "0" and given == "mapped"):
+        raise ConfigError(f"KV_TRANS_USE_P2P={p2p} contradicts --kv_transfer {given}: give one of them")
+    return given or ("collective" if p2p == "0" else "auto")
+
+
 def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[str, str]) -> None:
     refusals = {
         "--enable_mps": flags.enable_mps,
@@ -165,8 +181,8 @@ def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[st
         raise ConfigError(f"--model_dir {flags.model_dir}: there is no config.json in it")
     if flags.api_keys_file and not Path(flags.api_keys_file).is_file():
         raise ConfigError(f"--api_keys_file {flags.api_keys_file}: there is no such file; `tokenmill keys create` makes one")
-    is_door = flags.run_mode in ("normal", "pd_master") and not serve_ranks.is_other_node(flags)
-    if is_door and not flags.api_keys_file and not flags.insecure and not is_loopback(flags.host):
+    serves_rest = flags.run_mode in ("normal", "pd_master") and not serve_ranks.is_other_node(flags)
+    if serves_rest and not flags.api_keys_file and not flags.insecure and not is_loopback(flags.host):
         raise ConfigError(f"--host {flags.host}: not a loopback address: give --api_keys_file (tokenmill keys create), or say --insecure")
 
 

@@ -6,14 +6,16 @@
 
 import argparse
 import contextlib
-import os
 import secrets
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from coordinator import rendezvous
-from coordinator.cluster_token import ENV, is_loopback
+from coordinator.cluster_token import is_loopback
 from coordinator.desk import Desk
 from coordinator.errors import ConfigError
 from coordinator.group_plan import DEFAULT_PORT, TOKEN_VARIABLE, GroupPlan
+from coordinator.queue_record import QueueUrls
 
 FLAGS = ("ep_exchange", "ep_redundant_experts", "ep_rebalance_steps")
 SWITCHES = ("enable_prefill_microbatch_overlap", "enable_decode_microbatch_overlap")
@@ -27,9 +29,13 @@ def plan_of(flags: argparse.Namespace) -> GroupPlan:
     for name in SWITCHES:
         if getattr(flags, name) and plan.is_one_rank:
             raise ConfigError(f"--{name}: one rank exchanges no tokens with anybody: there is nothing to overlap (--tp, MOE_MODE=EP)")
-    if plan.nnodes > 1 and not flags.cluster_token and not flags.insecure and not is_loopback(flags.nccl_host):
-        raise ConfigError(f"--nccl_host {flags.nccl_host}: not a loopback address: set {ENV} to the same secret on all "
-                          "nodes, or say --insecure")
+    if plan.nnodes > 1 and not is_loopback(flags.nccl_host):
+        if not flags.cluster_token and not flags.insecure:
+            raise ConfigError(f"--nccl_host {flags.nccl_host}: not a loopback address: give a cluster token (TOKENMILL_CLUSTER_TOKEN or "
+                              "--cluster_token_file), the same one on all nodes, or say --insecure")
+        for name in ("nats_url", "redis_url"):
+            if is_loopback(urlsplit(getattr(flags, name)).hostname or ""):
+                raise ConfigError(f"--{name} names a loopback address, which node 1 does not reach")
     return plan
 
 
@@ -38,24 +44,32 @@ def is_other_node(flags: argparse.Namespace) -> bool:
     return bool(flags.node_rank)
 
 
-def ask_node_0(flags: argparse.Namespace) -> tuple[str, str]:
-    """URLs of NATS and Redis. Waits for node 0; raises ConfigError when the nodes' flags differ."""
+def ask_node_0(flags: argparse.Namespace) -> QueueUrls:
+    """Waits for node 0; raises ConfigError when the nodes' flags differ."""
     found = rendezvous.ask_services(_desk_address(flags), flags.cluster_token, node_rank=flags.node_rank, facts=_node_facts(flags))
-    return found["nats_url"], found["redis_url"]
+    return QueueUrls(**found)
 
 
-def open_desk(flags: argparse.Namespace, nats_url: str, redis_url: str, stack: contextlib.ExitStack) -> str:
-    """Where this node's ranks join; "" for one rank. Leaves the token for them in the environment."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meeting:
+    """Where this node's ranks meet all others, and what they need in their environment for it."""
+
+    address: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def open_desk(flags: argparse.Namespace, urls: QueueUrls, stack: contextlib.ExitStack) -> Meeting:
+    """`urls` are told to other nodes."""
     plan = plan_of(flags)
     if plan.is_one_rank:
-        return ""
-    token = os.environ[TOKEN_VARIABLE] = flags.cluster_token if plan.nnodes > 1 else secrets.token_hex(16)
+        return Meeting()
+    token = flags.cluster_token if plan.nnodes > 1 else secrets.token_hex(16)
     if plan.node_rank:
-        return _desk_address(flags)
+        return Meeting(address=_desk_address(flags), environment={TOKEN_VARIABLE: token})
     host, port = (flags.nccl_host, flags.nccl_port or DEFAULT_PORT) if plan.nnodes > 1 else ("127.0.0.1", flags.nccl_port)
-    desk = Desk(host, port, token, services={"nats_url": nats_url, "redis_url": redis_url}, facts=_node_facts(flags))
+    desk = Desk(host, port, token, services={"nats_url": urls.nats_url, "redis_url": urls.redis_url}, facts=_node_facts(flags))
     stack.enter_context(desk)
-    return desk.address
+    return Meeting(address=desk.address, environment={TOKEN_VARIABLE: token})
 
 
 def processes(flags: argparse.Namespace, role: str, args: list[str], desk: str) -> list[tuple[str, str, list[str]]]:

@@ -28,7 +28,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from coordinator.errors import ConfigError, InvalidField, LayoutMismatch, PagesExhausted
-from coordinator.messages import KVLayout
+from coordinator.messages import KVLayout, KVRank
 from workers import group as groups
 from workers.channel import BlockingChannel
 from workers.cpu_threads import CpuThreads
@@ -57,7 +57,7 @@ from workers.engine_sizes import EngineSizes, choose_sizes, resolve
 from workers.executor import EagerExecutor, Executor, Flight
 from workers.group import Group
 from workers.guided import Grammars, GuideMaker
-from workers.kv_cache import check_same_layout
+from workers.kv_cache import KVCache, check_same_layout
 from workers.leader import GroupCopier, LeaderExecutor
 from workers.lockstep import Lockstep, Wake
 from workers.model_config import ModelConfig
@@ -68,6 +68,8 @@ from workers.sampler import Sampler
 from workers.scheduler import PageCopy, Scheduler, SchedulerSettings, Step
 from workers.sequence import Limits, Sequence, open_sequence
 from workers.settings import EngineSettings, RankSettings
+from workers.transfer.desk import Desk
+from workers.transfer.reach import COLLECTIVE, MAPPED
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +124,13 @@ class Engine:
         self._are_stats_due = True  # a sequence ended: tell, also if nothing seems to have changed
         self._is_checked = is_checked
         self._is_shut_down = False
+        self.desk: Desk | None = None  # where other hosts ask for pages of this rank
+
+    def close(self) -> None:
+        """Behind `run`: let go of whom pages are copied from and to."""
+        self._copier.close()
+        if self.desk is not None:
+            self.desk.close()
 
     def run(self) -> None:
         self._send_stats(is_idle=True)
@@ -273,14 +282,26 @@ def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None], 
     limits = Limits(vocab_size=config.vocab_size, max_seq_len=sizes.max_seq_len, prefill_only=settings.role == "prefill")
     grammars = Grammars(Path(settings.model_dir), config.vocab_size, sorted(config.eos_ids))
     engine = Engine(executor, scheduler, limits, layout, inbox, send, grammars=grammars, is_checked=is_checked, lockstep=lockstep)
+    engine.desk = open_desk(settings, cache)
+    ways = ways_to_pool(settings, cache, engine.desk), *(executor.followers.ways if isinstance(executor, LeaderExecutor) else ())
     gc.collect()
     gc.freeze()  # the model's objects live for good: later collections need not look at them
-    pools = tuple(executor.followers.pools) if isinstance(executor, LeaderExecutor) else ()
-    send(Ready(layout=layout, pool=PoolAddress(address=cache.address, num_pages=cache.num_pages, rank_addresses=pools),
-               device=settings.device, max_total_tokens=cache.num_pages * sizes.page_size, max_seq_len=sizes.max_seq_len,
-               max_num_seqs=sizes.max_num_seqs, chunk_size=sizes.chunk_size, vocab_size=config.vocab_size, eos_ids=tuple(config.eos_ids),
+    send(Ready(layout=layout, pool=PoolAddress(ranks=ways, num_pages=cache.num_pages), device=settings.device,
+               max_total_tokens=cache.num_pages * sizes.page_size, max_seq_len=sizes.max_seq_len, max_num_seqs=sizes.max_num_seqs,
+               chunk_size=sizes.chunk_size, vocab_size=config.vocab_size, eos_ids=tuple(config.eos_ids),
                group=None if group is None else group.view))
     return engine
+
+
+def open_desk(settings: EngineSettings, pool: KVCache) -> Desk | None:
+    """Where other hosts ask for pages of this rank: a prefill worker's, unless it is told to be mapped only."""
+    return Desk(pool, settings.kv_host) if settings.role == "prefill" and settings.kv_transfer != MAPPED else None
+
+
+def ways_to_pool(settings: EngineSettings, pool: KVCache, desk: Desk | None, *, is_on_leaders_host: bool = True) -> KVRank:
+    """How a decode worker reaches this rank's pool. Memory is named only where the leader's host is this one: a handle tells that host."""
+    is_mapped = settings.kv_transfer != COLLECTIVE and is_on_leaders_host
+    return KVRank(address=pool.address if is_mapped else "", desk=desk.address if desk is not None else "")
 
 
 def load_executor(settings: EngineSettings, config: ModelConfig, sizes: EngineSizes, progress: Callable[[int, int], None],
@@ -337,12 +358,15 @@ def _serve(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None]
     settings = resolve(settings)
     config = ModelConfig.from_dir(Path(settings.model_dir))
     if groups.is_alone(settings, config):
-        load(settings, inbox, send, is_checked=is_checked).run()
+        engine = load(settings, inbox, send, is_checked=is_checked)
+        engine.run()
+        engine.close()
         return
     sizes = choose_sizes(settings, config)
     with groups.joined(settings, config, sizes) as group:
         engine = load(settings, inbox, send, is_checked=is_checked, group=group, sizes=sizes)
         engine.run()
+        engine.close()
         group.stop_followers()
 
 

@@ -12,7 +12,7 @@ import msgpack
 from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
 from coordinator.errors import InvalidField, MalformedMessage
-from coordinator.messages import KVLayout, TopLogprobs
+from coordinator.messages import KVLayout, KVRank, TopLogprobs
 from coordinator.sampling import SamplingParams
 
 EngineFinish = Literal["stop", "length"]
@@ -22,11 +22,10 @@ Params = Annotated[SamplingParams, PlainValidator(SamplingParams.parse)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolAddress:
-    """How another process reaches a KV pool; its page size stands in the layout."""
+    """How other processes reach a worker's KV pools, one per rank; their page size stands in the layout."""
 
-    address: str
-    num_pages: Count
-    rank_addresses: tuple[str, ...] = ()  # of each rank's pool, the leader's first; empty: there is one rank
+    ranks: tuple[KVRank, ...]
+    num_pages: Count      # of each of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,8 +254,8 @@ def _to_map(message: Any) -> dict[str, Any]:
             value = value.to_wire()
         elif is_dataclass(value):
             value = _to_map(value)
-        elif isinstance(value, tuple) and value and is_dataclass(value[0]):
-            value = [_to_map(item) for item in value]
+        elif name == "ranks":
+            value = [_to_map(rank) for rank in value]
         body[name] = value
     return body
 
@@ -294,4 +293,4 @@ _COMMAND_ADAPTERS = {kind: _adapter(cls) for kind, cls in COMMANDS.items()}
 _EVENT_ADAPTERS = {kind: _adapter(cls) for kind, cls in EVENTS.items()}
 _KIND_OF: dict[type, str] = {cls: kind for kind, cls in (*COMMANDS.items(), *EVENTS.items())}
 _FIELDS: dict[type, tuple[str, ...]] = {
-    cls: tuple(f.name for f in fields(cls)) for cls in (*_KIND_OF, PoolAddress, KVLayout, GroupView, RankView)}
+    cls: tuple(f.name for f in fields(cls)) for cls in (*_KIND_OF, PoolAddress, KVRank, KVLayout, GroupView, RankView)}

@@ -25,14 +25,15 @@ class ExpertBalancer:
         self._ranks = ranks
         self._period = period if layers else 0
         self._num_steps = 0
+        self.num_moved = 0  # expert slots that have changed, over all layers and ranks
 
     def after_step(self) -> None:
         self._num_steps += 1
         if self._period and self._num_steps % self._period == 0:
             self.rebalance()
 
-    def rebalance(self) -> int:
-        """How many experts were moved, over all layers. Waits for the device. Called by all ranks between the same two steps."""
+    def rebalance(self) -> None:
+        """Waits for the device. Called by all ranks between the same two steps."""
         loads = torch.stack([layer.load for layer in self._layers if layer.load is not None])
         num_moved = 0
         for layer, load in zip(self._layers, self._ranks.all_reduce(loads).tolist(), strict=True):
@@ -40,8 +41,8 @@ class ExpertBalancer:
             num_moved += self._move(layer, placement)
             assert layer.load is not None
             layer.load.zero_()
+        self.num_moved += num_moved
         log.info("rebalanced %d layers: %d expert slots changed", len(self._layers), num_moved)
-        return num_moved
 
     def _move(self, layer: SpreadMoe, placement: Placement) -> int:
         """Weights first, then the table. A slot that is overwritten may still be a source: arrivals wait beside until all are sent."""

@@ -136,7 +136,7 @@ class Group:
             return None
         if self.rank == 0:
             return lockstep.conduct(self._listeners.pop("rounds"), self.sizes.dp, self._check_leader)
-        hello = Hello(token=self.token, generation=self.generation, rank=self.rank, pool="", num_pages=0, device="")
+        hello = Hello(token=self.token, generation=self.generation, rank=self.rank)
         return lockstep.keep_step(_address(self._formed.endpoints[0]["rounds"]), encode(hello))
 
     def _check_leader(self, data: bytes) -> int:

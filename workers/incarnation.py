@@ -80,7 +80,8 @@ class Incarnation:
             self._giver = Giver(me, ready.pool, self._bus, self._store, self._engine, self.jobs)
             await self._giver.start()
         if me.role == "decode":
-            self._taker = Taker(me, self._tokenizer, self._bus, self._store, self._engine, self.jobs, self._cancelled.__contains__)
+            self._taker = Taker(me, self._tokenizer, self._bus, self._store, self._engine, self.jobs, self._cancelled.__contains__,
+                                settings.engine.kv_transfer)
             self._pulling = Pulling(self._bus, handoff_consumers(self._model), room=self._room_for_handles,
                                     room_for_last=self._room_for_background_handles, num_slots=ready.max_num_seqs, handle=self._taker.take)
         else:

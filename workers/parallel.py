@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -36,7 +37,7 @@ class RankGroup:
     """Some ranks that compute together, and this one's place among them. All of them must make the same calls in the same order."""
 
     def __init__(self, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None) -> None:
-        assert 0 <= rank < size and (group is not None or size == 1)
+        assert 0 <= rank < size
         self.rank = rank
         self.size = size
         self.group = group
@@ -76,6 +77,14 @@ class RankGroup:
                                       None if sent is None else list(sent), group=self.group, async_op=True)
         assert work is not None
         return out, work
+
+    def least(self, number: int, device: torch.device) -> int:
+        """The smallest of the ranks' numbers."""
+        if self.size == 1:
+            return number
+        smallest = torch.tensor(number, device=device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=self.group)
+        return int(smallest)
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         """x of the rank `source` of this group, in place on the others."""

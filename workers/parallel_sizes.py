@@ -66,7 +66,7 @@ class ParallelSizes:
         """Rows of a dp group that an exchange without sizes makes room for in this step; 0: sizes are exchanged."""
         if agreed is None or not self.is_ep or not (self.exchange == "padded" or (agreed.is_decode and self.exchange != "exact")):
             return 0
-        return agreed.num_rows
+        return max(agreed.num_rows, 1)
 
     def validate(self, config: ModelConfig, *, keeps_fp8: bool = False) -> None:
         """Raises ConfigError naming the flag that this model cannot honour. `keeps_fp8`: FP8 weights stay FP8 (on a GPU)."""

@@ -10,10 +10,12 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
 
 from coordinator import lifeline
 from coordinator.bus import Bus
 from coordinator.errors import ConfigError, TokenmillError, Unavailable
+from coordinator.host_identity import address_towards
 from coordinator.rendezvous import CRASHED, DONE, PEER_STATUS, VANISHED
 from coordinator.store import Blame, Store
 from coordinator.subjects import model_token
@@ -25,6 +27,7 @@ from workers.engine_messages import Event, Progress, Ready, Stats
 from workers.incarnation import Incarnation
 from workers.load_progress import LoadProgress
 from workers.settings import EngineSettings, WorkerSettings
+from workers.transfer.reach import MODES
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +192,8 @@ def parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
     add("--graph_max_batch_size", type=int, default=256)
     add("--disable_cudagraph", action="store_true")
     add("--enable_fa3", action="store_true")
+    add("--kv_transfer", choices=MODES, default="auto")
+    add("--kv_host", default="")
     add("--max_queued", type=int, default=0, help="jobs per class before producers get 429 (default: the bound that is there)")
     add("--lease_s", type=float, default=5.0, help="a worker silent for this long is taken for dead")
     add("--engine_stall_s", type=float, default=0.0, help="kill an engine silent for this long (default: 60 on a GPU, 120 on a CPU)")
@@ -204,11 +209,17 @@ def parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
         chunked_prefill_size=flags.chunked_prefill_size, load_workers=flags.load_workers, num_threads=flags.num_threads,
         use_prefix_cache=not flags.disable_dynamic_prompt_cache, graph_max_batch_size=flags.graph_max_batch_size,
         use_cuda_graphs=not flags.disable_cudagraph, use_fa3=flags.enable_fa3,
-        ranks=rank_flags.settings(flags))
+        kv_transfer=flags.kv_transfer, kv_host=flags.kv_host or _host_towards(flags.nats_url), ranks=rank_flags.settings(flags))
     worker_id = flags.worker_id or f"{flags.role}-{os.getpid()}"
     return WorkerSettings(nats_url=flags.nats_url, redis_url=flags.redis_url, worker_id=worker_id, engine=engine,
                           drain_timeout_s=flags.drain_timeout, max_queued=flags.max_queued, lease_s=flags.lease_s,
                           engine_stall_s=flags.engine_stall_s), flags.log_level
+
+
+def _host_towards(url: str) -> str:
+    """Where whoever reaches the queue at `url` reaches this worker too."""
+    server = urlsplit(url.partition(",")[0])
+    return address_towards(server.hostname or "127.0.0.1", server.port or 4222) or "127.0.0.1"
 
 
 async def _run(settings: WorkerSettings) -> int:

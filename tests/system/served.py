@@ -14,7 +14,7 @@ import httpx
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-READY = re.compile(r"tokenmill ready: (http://[^\s]+)")
+READY = re.compile(r"(?:tokenmill|pd_master) ready: (http://[^\s]+)")
 READY_S = 150.0
 PREFIX: Sequence[str] = ()
 

@@ -2,7 +2,8 @@
 
     python tests/workers/parallel_program.py FOLDER RANK RANKS
 
-The folder holds cases.json; rank r writes result-r.json (case -> tokens of each of its sequences) and CASE-r.pt (logits of a prompt).
+The folder holds cases.json; rank r writes result-r.json (case -> tokens of each of its sequences, experts moved) and CASE-r.pt (logits
+of a prompt).
 """
 
 import json
@@ -99,7 +100,7 @@ def agreement(group: dist.ProcessGroup) -> Any:
     return agree
 
 
-def run_case(case: dict[str, Any], groups: dict[int, dist.ProcessGroup], folder: Path) -> list[list[int]]:
+def run_case(case: dict[str, Any], groups: dict[int, dist.ProcessGroup], folder: Path) -> dict[str, Any]:
     sizes = ParallelSizes(**case["sizes"])
     parallel = Parallel.join(sizes, groups[sizes.tp])
     runner = ModelRunner(Path(case["model"]), "cpu", torch.float32, 40, PAGE_SIZE, load_workers=2, parallel=parallel)
@@ -109,7 +110,8 @@ def run_case(case: dict[str, Any], groups: dict[int, dist.ProcessGroup], folder:
     agree(batch)
     logits = runner.forward(batch)
     torch.save(logits, folder / f"{case['name']}-{dist.get_rank()}.pt")
-    return serve(runner, sizes.dp_rank(parallel.rank), agree)
+    tokens = serve(runner, sizes.dp_rank(parallel.rank), agree)
+    return {"tokens": tokens, "num_moved": runner.balancer.num_moved}
 
 
 def main() -> None:

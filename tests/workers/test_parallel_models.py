@@ -1,9 +1,6 @@
 """A model on several ranks gives the tokens of the model on one, however it is split."""
 
 import importlib.util
-import json
-import os
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -14,10 +11,22 @@ import torch
 
 from workers.model_runner import ModelRunner
 from workers.parallel_sizes import ParallelSizes
-from workers.random_model import write_random_model
+from workers.random_model import Overrides, write_random_model
 
-PROGRAM = Path(__file__).with_name("parallel_program.py")
+FOLDER = Path(__file__).parent
 NUM_RANKS = 4
+
+
+def load(name: str) -> Any:
+    """A module beside this file: tests are no packages."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"like": "llama"}, "qwen2": {"like": "qwen2"}, "v2-lite": {"like": "deepseek-v2-lite"}, "v3": {"like": "deepseek-v3"},
     "v3-fp8": {"like": "deepseek-v3", "fp8": True},
@@ -38,32 +47,8 @@ CASES = [
 ]
 
 
-def load_program() -> Any:
-    spec = importlib.util.spec_from_file_location("parallel_program", PROGRAM)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["parallel_program"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-program = load_program()
-
-
-def run_ranks(folder: Path, cases: list[dict[str, Any]], num_ranks: int = NUM_RANKS) -> list[dict[str, Any]]:
-    """Each rank's results. Fails with the output of the first rank that failed."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.getcwd()}
-    ranks = [subprocess.Popen([sys.executable, str(PROGRAM), str(folder), str(rank), str(num_ranks)], stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True, env=environment) for rank in range(num_ranks)]
-    try:
-        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    failed = [(i, output) for i, (rank, output) in enumerate(zip(ranks, outputs, strict=True)) if rank.returncode]
-    assert not failed, "\n".join(f"rank {i}: {output[-3000:]}" for i, output in failed)
-    return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in range(num_ranks)]
+program = load("parallel_program")
+ranks = load("ranks")
 
 
 class Oracle:
@@ -91,7 +76,7 @@ def computed(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("ranks")
     cases = [{"name": f"{model}-{sizes}", "model": str(model_dirs[model]), "sizes": SIZES[sizes], "agrees": "moe_mode" in SIZES[sizes]}
              for model, sizes in CASES]
-    return folder, run_ranks(folder, cases)
+    return folder, ranks.run_ranks(FOLDER / "parallel_program.py", folder, cases, NUM_RANKS)
 
 
 @pytest.mark.parametrize(("model", "sizes"), CASES)
@@ -101,4 +86,16 @@ def test_ranks_give_the_tokens_of_one(model: str, sizes: str, oracles: Any, comp
     for rank in range(NUM_RANKS):
         name, place = f"{model}-{sizes}", rank % parallel.tp
         torch.testing.assert_close(torch.load(folder / f"{name}-{rank}.pt"), oracle.logits, atol=1e-4, rtol=0)
-        assert results[rank][name] == oracle.tokens(parallel.dp_rank(place))
+        assert results[rank][name]["tokens"] == oracle.tokens(parallel.dp_rank(place))
+        assert (results[rank][name]["num_moved"] > 0) == (parallel.rebalance_steps > 0)
+
+
+@pytest.mark.chaos
+def test_the_executor_for_gpus_gives_the_same_on_two_ranks(tmp_path: Path) -> None:
+    """In Triton's interpreter, over gloo: minutes."""
+    small = Overrides(layers=2)
+    cases = [{"model": str(write_random_model(tmp_path / like, like, small, seed=3)), "sizes": sizes} for like, sizes in [
+        ("llama", {"tp": 2}), ("deepseek-v2-lite", {"tp": 2}), ("deepseek-v3", {"tp": 2, "dp": 2, "moe_mode": "EP"}),
+        ("deepseek-v3", {"tp": 2, "moe_mode": "EP", "prefill_overlap": True, "decode_overlap": True}),
+    ]]
+    ranks.run_ranks(FOLDER / "parallel_executor_program.py", tmp_path, cases, 2, TRITON_INTERPRET="1")

@@ -28,7 +28,7 @@ def make_sequence(job_id: str, token_ids: list[int], *, new: int = 4, shown: int
     num_prompt = len(token_ids) - shown
     source = None
     if imported:
-        source = ImportSource(address="elsewhere", num_pages=100, page_ids=tuple(range(50, 50 + -(-imported // 2))), num_tokens=imported,
+        source = ImportSource(ranks=(), num_pages=100, page_ids=tuple(range(50, 50 + -(-imported // 2))), num_tokens=imported,
                               layout=LAYOUT)
     return Sequence(job_id=job_id, token_ids=list(token_ids), num_prompt=num_prompt, source=source, is_background=is_background,
                     params=SamplingParams(max_new_tokens=new, **params),
