@@ -1,6 +1,7 @@
 """Where the engine runs and how large its pool, steps and batches are: settings where given, else by device and free memory."""
 
 import importlib.util
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,8 +45,10 @@ def resolve(settings: EngineSettings) -> EngineSettings:
         name = f"cuda:{_gpu_index(name)}"
     if settings.depth not in (0, 1, 2):
         raise ConfigError(f"depth must be 1 or 2 (0: by device), got {settings.depth}")
-    if settings.use_fa3:
+    if settings.use_fa3 and settings.device != "auto":
         raise ConfigError(f"--enable_fa3: {_why_no_fa3(name)}")
+    if settings.use_fa3:   # a wish for whatever device is found, as LightLLM's guide writes it everywhere: said, and not a reason to stop
+        print(f"--enable_fa3 changes nothing here: {_why_no_fa3(name)}", file=sys.stderr, flush=True)
     return replace(settings, device=name, depth=settings.depth or (1 if name == "cpu" else 2))
 
 

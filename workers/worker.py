@@ -144,8 +144,8 @@ def _parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
     parser = argparse.ArgumentParser(prog="workers.worker", description="One worker: an I/O process and its engine.", allow_abbrev=False)
     add = parser.add_argument
     add("--role", choices=["prefill", "decode", "both"], default="both")
-    add("--nats_url", required=True)
-    add("--redis_url", required=True)
+    for flag, name in (("--nats_url", "TOKENMILL_NATS_URL"), ("--redis_url", "TOKENMILL_REDIS_URL")):
+        add(flag, default=os.environ.get(name, ""), required=name not in os.environ)   # unseen by others: URLs may carry passwords
     add("--model_dir", required=True)
     add("--model_name", default="default_model_name")
     add("--worker_id", default="")
