@@ -131,6 +131,10 @@ class CudaExecutor:
             is_done.record()
         return CudaFlight(ids[: len(sampled)], logprobs[: len(sampled)], is_done)
 
+    def follow(self, batch: ForwardBatch) -> None:
+        """The step that the rank that draws has launched: nothing is sampled here, the drawn tokens are taken over."""
+        self.launch(batch, [])
+
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile and capture everything that serving may need. Before any request; overwrites pages."""
