@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from workers.cut import Cut
+from workers.one_shot import OneShotAllReduce
 from workers.parallel_sizes import ONE_RANK, ParallelSizes
 
 __all__ = ["ONE", "ONE_RANK", "Parallel", "ParallelSizes", "RankGroup", "Work"]
@@ -41,6 +42,7 @@ class RankGroup:
         self.rank = rank
         self.size = size
         self.group = group
+        self.one_shot: OneShotAllReduce | None = None
 
     def cut(self, dim: int, whole: int) -> Cut:
         """This rank's equal part of a dimension. `validate` of the sizes has made sure that there is one."""
@@ -48,7 +50,9 @@ class RankGroup:
         return Cut(dim, self.rank * (whole // self.size), whole)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over the ranks, in place."""
+        """The sum over the ranks: x itself, or a new tensor."""
+        if self.one_shot is not None and self.one_shot.takes(x):
+            return self.one_shot(x)
         if self.size > 1:
             dist.all_reduce(x, group=self.group)
         return x
@@ -119,6 +123,8 @@ class Parallel:
             first = sizes.dp_rank(rank) * sizes.attn_tp
             members = dist.get_process_group_ranks(all_ranks)[first : first + sizes.attn_tp]
             attn = RankGroup(rank - first, sizes.attn_tp, dist.new_group(members, use_local_synchronization=True))
+        if sizes.one_shot_bytes and attn.group is not None:
+            attn.one_shot = OneShotAllReduce(attn.group, sizes.one_shot_bytes)
         return cls(sizes=sizes, rank=rank, attn=attn, world=world)
 
 

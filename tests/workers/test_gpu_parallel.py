@@ -21,22 +21,26 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 EP: dict[str, Any] = {"tp": 2, "dp": 2, "moe_mode": "EP"}
 OVERLAPS = {"prefill_overlap": True, "decode_overlap": True}
-CASES: list[tuple[str, str, dict[str, Any]]] = [
-    ("tp2", "llama", {"tp": 2}), ("tp2", "v2-lite", {"tp": 2}), ("tp2", "v3-fp8", {"tp": 2}), ("ep2", "v3", EP), ("ep2", "v3-fp8", EP),
-    ("ep2 dp1", "v3", EP | {"dp": 1}), ("overlaps", "v3", EP | OVERLAPS),
-    ("rebalanced", "v3-fp8", EP | OVERLAPS | {"redundant_experts": 2, "rebalance_steps": 4}),
-]
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "llama": {"tp2": {"tp": 2}, "tp2 one shot": {"tp": 2, "one_shot_bytes": 1 << 18}},
+    "v2-lite": {"tp2": {"tp": 2}, "ep2": EP},
+    "v3": {"tp2": {"tp": 2}, "ep2": EP, "ep2 dp1": EP | {"dp": 1}, "overlaps": EP | OVERLAPS},
+    "v3-fp8": {"tp2": {"tp": 2}, "ep2": EP, "rebalanced": EP | OVERLAPS | {"redundant_experts": 2, "rebalance_steps": 4}},
+}
 
 
-def test_two_gpus_give_the_logits_of_one(tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("model", MODELS)
+def test_two_gpus_give_the_logits_of_one(tmp_path: Path, model: str) -> None:
     spec = importlib.util.spec_from_file_location("ranks", FOLDER / "ranks.py")
     assert spec is not None and spec.loader is not None
     ranks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(ranks)
-    paths = {name: write_random_model(tmp_path / name, model["like"], model["overrides"], seed=1, dtype="bfloat16", full=True,
-                                      fp8=model.get("fp8", False)) for name, model in MODELS.items()}
-    cases = [{"name": f"{model} {name}", "model": str(paths[model]), "sizes": sizes} for name, model, sizes in CASES]
-    results = ranks.run_ranks(FOLDER / "parallel_gpu_program.py", tmp_path, cases, 2)
+    kind = MODELS[model]
+    path = write_random_model(tmp_path / model, kind["like"], kind["overrides"], seed=1, dtype="bfloat16", full=True,
+                              fp8=kind.get("fp8", False))
+    cases = [{"name": f"{model} {name}", "model": str(path), "sizes": sizes} for name, sizes in SIZES[model].items()]
+    results = ranks.run_ranks(FOLDER / "parallel_gpu_program.py", tmp_path, cases, 2, timeout_s=560)
     for name, figures in results[0].items():
         print(f"{name:24} distance {figures['distance']:.1e}, decode step {figures['one_rank_ms']:.2f} ms on one GPU, "
               f"{figures['ranks_ms']:.2f} ms on two")
