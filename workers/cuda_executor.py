@@ -146,6 +146,7 @@ class CudaExecutor:
         if not self._graph_sizes:
             self._forward(_one_decode())
         self._sampler.warm_up()
+        self.balancer.start()
         self._synchronize()
 
     def _warm_prefill(self, length: int) -> None:
