@@ -3,6 +3,7 @@
 Who starts the processes and calls torch.distributed.init_process_group is not known here.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,7 +16,17 @@ from workers.cut import Cut
 from workers.one_shot import OneShotAllReduce
 from workers.parallel_sizes import ONE_RANK, ParallelSizes
 
-__all__ = ["ONE", "ONE_RANK", "Parallel", "ParallelSizes", "RankGroup", "Work"]
+__all__ = ["ONE", "ONE_RANK", "Parallel", "ParallelSizes", "RankGroup", "Work", "without_multicast"]
+
+
+# The name is newer than the oldest torch that we take, and the older one warns where both are there.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def without_multicast() -> None:
+    """Before init_process_group: NVLink multicast, which shares a switch with other users of the machine, is used only if asked for."""
+    for name, off in (("NCCL_NVLS_ENABLE", "0"), ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")):
+        os.environ.setdefault(name, off)
 
 
 class Work(Protocol):
@@ -68,7 +79,7 @@ class RankGroup:
         if self.size == 1:
             return x.unsqueeze(0), DONE
         out = x.new_empty(self.size, *x.shape)
-        work = dist.all_gather_into_tensor(out.flatten(0, 1) if x.dim() else out, x.contiguous(), group=self.group, async_op=True)
+        work = _all_gather(out.flatten(0, 1) if x.dim() else out, x.contiguous(), group=self.group, async_op=True)
         assert work is not None
         return out, work
 

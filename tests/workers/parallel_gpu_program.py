@@ -21,7 +21,7 @@ from workers.batch import Agreed, ForwardBatch
 from workers.cuda_executor import CudaExecutor
 from workers.loader import Checkpoint
 from workers.model_config import ModelConfig
-from workers.parallel import ONE, Parallel, ParallelSizes
+from workers.parallel import ONE, Parallel, ParallelSizes, without_multicast
 
 PAGE_SIZE, NUM_DECODES, NUM_TIMED = 64, 12, 50
 LENGTHS = (130, 64, 7)
@@ -100,6 +100,7 @@ def main() -> None:
     folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
+    without_multicast()
     dist.init_process_group("nccl", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size, timeout=timedelta(seconds=240),
                             device_id=device)
     results = {}
