@@ -13,8 +13,9 @@ import urllib.request
 from pathlib import Path
 from types import FrameType
 
-from coordinator import cluster_token, lifeline, serve_flags
+from coordinator import cluster_token, lifeline, serve_flags, serve_ranks
 from coordinator.errors import ConfigError, TokenmillError
+from coordinator.rendezvous import PEER_STATUS
 from coordinator.serve_queue import FarmQueue, find_queue
 
 POLL_S = 0.1
@@ -43,6 +44,9 @@ class Child:
         if status is None:
             return
         os.close(self._lifeline)
+        if status in PEER_STATUS.values():  # its group broke, since another rank ended: that one's supervisor counts
+            self.start()
+            return
         now = time.monotonic()
         self._deaths = [at for at in self._deaths if now - at < FAST_S] + [now]
         if len(self._deaths) >= MAX_FAST_DEATHS or status == 2:
@@ -91,7 +95,8 @@ def serve(flags: argparse.Namespace) -> int:
         try:
             port = _rest_port(flags)
             queue = find_queue(flags, _state_dir(flags), stack)
-            children = _start_children(flags, queue, port, stack)
+            desk = serve_ranks.open_desk(flags, queue.urls.nats_url, queue.urls.redis_url, stack)
+            children = _start_children(flags, queue, port, desk, stack)
             _announce(flags, children, port)
             while True:
                 queue.watch()
@@ -115,7 +120,7 @@ def _state_dir(flags: argparse.Namespace) -> Path:
 
 def _rest_port(flags: argparse.Namespace) -> int:
     """A port for the REST shim or the config server; taken is an error before anything heavy starts."""
-    if flags.run_mode not in ("normal", "pd_master", "config_server"):
+    if flags.run_mode not in ("normal", "pd_master", "config_server") or serve_ranks.is_other_node(flags):
         return 0
     prefix = "config_server_" if flags.run_mode == "config_server" else ""
     host, port = getattr(flags, f"{prefix}host"), getattr(flags, f"{prefix}port")
@@ -129,7 +134,7 @@ def _rest_port(flags: argparse.Namespace) -> int:
         return bound
 
 
-def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, stack: contextlib.ExitStack) -> list[Child]:
+def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, desk: str, stack: contextlib.ExitStack) -> list[Child]:
     children: list[Child] = []
 
     def stop_all() -> None:
@@ -158,7 +163,7 @@ def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, stac
         return children
     common = ["--model_dir", flags.model_dir, "--model_name", flags.model_name,
               "--max_req_total_len", str(flags.max_req_total_len), "--max_queued", str(flags.max_queued), "--log_level", flags.log_level]
-    if flags.run_mode in ("normal", "pd_master"):
+    if port:
         children.append(Child("REST shim", "producers.rest", [
             *common, "--host", flags.host, "--port", str(port), "--max_body_bytes", str(flags.max_body_bytes),
             "--max_queued_tokens", str(flags.max_queued_tokens), "--max_tenant_jobs", str(flags.max_tenant_jobs),
@@ -168,7 +173,8 @@ def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, stac
             *(["--insecure"] if flags.insecure else [])], environment))
     if flags.run_mode in ("normal", "prefill", "decode"):
         role = "both" if flags.run_mode == "normal" else flags.run_mode
-        children.append(Child(f"{role} worker", "workers.worker", [*common, *_worker_args(flags, role)], environment))
+        for name, module, args in serve_ranks.processes(flags, role, [*common, *_worker_args(flags, role)], desk):
+            children.append(Child(name, module, args, environment))
     return children
 
 
@@ -183,7 +189,7 @@ def _worker_args(flags: argparse.Namespace, role: str) -> list[str]:
 
 def _announce(flags: argparse.Namespace, children: list[Child], port: int) -> None:
     """Wait until requests are answered, then say so, with a line to paste."""
-    if flags.run_mode in ("prefill", "decode"):
+    if not port:
         return  # the worker says itself when it is ready
     host = flags.config_server_host if flags.run_mode == "config_server" else flags.host
     url = f"{'https' if flags.tls_cert else 'http'}://{host}:{port}"
