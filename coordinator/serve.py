@@ -45,6 +45,9 @@ class Child:
         os.close(self._lifeline)
         now = time.monotonic()
         self._deaths = [at for at in self._deaths if now - at < FAST_S] + [now]
+        if status == lifeline.DRAINED_STATUS:
+            self._lifeline = -1
+            raise Drained(f"{self.name} was drained and has left")
         if len(self._deaths) >= MAX_FAST_DEATHS or status == 2:
             self._lifeline = -1
             raise TokenmillError(f"{self.name} ended with status {status}")
@@ -68,6 +71,10 @@ class Child:
 
 class Stop(Exception):
     """SIGINT or SIGTERM asked us to end."""
+
+
+class Drained(Exception):
+    """The worker was told to leave, and has left: so do we."""
 
 
 def main(argv: list[str]) -> int:
@@ -98,6 +105,8 @@ def serve(flags: argparse.Namespace) -> int:
                 for child in children:
                     child.restart_if_dead()
                 time.sleep(POLL_S)
+        except Drained as said:
+            print(said, file=sys.stderr, flush=True)
         except Stop:
             print(f"stopping: what runs may finish for {flags.drain_timeout:g} s; once more ends it at once (unfinished jobs stay in the "
                   "queue)", file=sys.stderr, flush=True)

@@ -62,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--nats_url", default="", help="use this NATS instead of an embedded one")
     add("--redis_url", default="", help="use this Redis or Valkey instead of an embedded one")
     add("--nats_port", type=int, default=0, help="port of the embedded NATS; 0 picks a free one")
+    add("--nats_monitor_port", type=int, default=0, help="config_server, pd_master: also open NATS' monitoring port, for KEDA and "
+        "dashboards (it shows names and counts to everybody; default: closed)")
     add("--redis_port", type=int, default=0, help="port of the embedded Valkey; 0 picks a free one")
     add("--insecure", action="store_true", help="allow a bind address that is not loopback, without keys or TLS")
     add("--api_keys_file", default="", help="REST wants a key of this file (tokenmill keys create); needed unless --host is loopback")

@@ -10,18 +10,21 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from coordinator import lifeline
 from coordinator.bus import Bus
 from coordinator.errors import ConfigError, TokenmillError, Unavailable
+from coordinator.lifeline import DRAINED_STATUS
 from coordinator.store import Blame, Store
 from coordinator.subjects import model_token
 from coordinator.tokenizer import Tokenizer
 from coordinator.watcher import Watcher
 from workers.engine_link import EngineLink
-from workers.engine_messages import Event, Progress, Ready, Stats
+from workers.engine_messages import Event, Progress, Ready, SetRole, Stats
 from workers.incarnation import Incarnation
 from workers.load_progress import LoadProgress
+from workers.order_book import OrderBook
 from workers.settings import EngineSettings, WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -42,6 +45,8 @@ class Worker:
         self._blame: Blame = ""
         self._stats = NO_STATS
         self._incarnation: Incarnation | None = None
+        self._role = settings.engine.role
+        self._orders = OrderBook(settings.worker_id, self._role)
 
     def stop(self) -> None:
         """Finish or hand back what is here, then leave."""
@@ -61,8 +66,10 @@ class Worker:
             await self._until_provisioned(bus, store)
             watcher = Watcher(bus, store, settings.worker_id)
             watcher.start()
-            while not self._stopping.is_set():
-                await self._live(Incarnation(settings, ready, self._stats, engine, tokenizer, bus, store), ready)
+            await self._orders.open(bus)
+            while not self._stopping.is_set() and not self._orders.is_leaving:
+                await self._live(Incarnation(self._under_orders(engine), ready, self._stats, engine, tokenizer, bus, store), ready)
+            await self._orders.close()
             await watcher.close()
             await bus.close()
             await store.close()
@@ -73,7 +80,15 @@ class Worker:
         if self._failure:
             log.error("%s", self._failure)
             return 1
-        return status
+        return status or (DRAINED_STATUS if self._orders.is_leaving and not self._stopping.is_set() else 0)
+
+    def _under_orders(self, engine: EngineLink) -> WorkerSettings:
+        """The settings of the next life: a role that was ordered goes to the engine too, which keeps its weights and its prefix cache."""
+        self._orders.came.clear()
+        if self._orders.role != self._role:
+            self._role = self._orders.role
+            engine.send(SetRole(role=self._role))  # type: ignore[arg-type]
+        return replace(self._settings, engine=replace(self._settings.engine, role=self._role))
 
     async def _load(self, engine: EngineLink, events: AsyncIterator[Event]) -> Ready:
         with LoadProgress(self._settings.engine.model_dir) as bar:
@@ -108,7 +123,7 @@ class Worker:
         self._incarnation = life
         print(f"{life.me.role} worker {life.me.owner} ready: {self._settings.engine.model_name}, {ready.max_total_tokens} KV tokens",
               file=sys.stderr, flush=True)
-        endings = [asyncio.create_task(self._stopping.wait()), asyncio.create_task(life.over.wait())]
+        endings = [asyncio.create_task(event.wait()) for event in (self._stopping, life.over, self._orders.came)]
         await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
         for task in endings:
             task.cancel()
