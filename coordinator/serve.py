@@ -159,11 +159,12 @@ def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, stac
     # URLs may carry passwords, and the token is one: neither belongs into a command line that everybody on the machine can read.
     environment = {**os.environ, "TOKENMILL_NATS_URL": queue.urls.nats_url, "TOKENMILL_REDIS_URL": queue.urls.redis_url,
                    cluster_token.ENV: flags.cluster_token, "TOKENMILL_TLS_CA": flags.tls_ca}
+    planner = ["--planner", flags.planner, "--ttft_objective", str(flags.ttft_objective), "--tpot_objective", str(flags.tpot_objective)]
     record = ["--queue_record", str(queue.record_path)] if queue.record_path is not None else []
     if flags.run_mode == "config_server":
         children.append(Child("config server", "coordinator.config_server", [
             "--host", flags.config_server_host, "--port", str(port), "--record", str(queue.record_path), "--tls_cert", flags.tls_cert,
-            "--tls_key", flags.tls_key, "--log_level", flags.log_level], environment))
+            "--tls_key", flags.tls_key, "--log_level", flags.log_level, *planner], environment))
         return children
     common = ["--model_dir", flags.model_dir, "--model_name", flags.model_name,
               "--max_req_total_len", str(flags.max_req_total_len), "--max_queued", str(flags.max_queued), "--log_level", flags.log_level]
@@ -173,7 +174,7 @@ def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, stac
             "--max_queued_tokens", str(flags.max_queued_tokens), "--max_tenant_jobs", str(flags.max_tenant_jobs),
             "--max_tenant_tokens", str(flags.max_tenant_tokens), "--api_keys_file", flags.api_keys_file,
             "--files_dir", flags.files_dir or str(_state_dir(flags) / "files"),
-            "--cors_origins", flags.cors_origins, "--tls_cert", flags.tls_cert, "--tls_key", flags.tls_key, *record,
+            "--cors_origins", flags.cors_origins, "--tls_cert", flags.tls_cert, "--tls_key", flags.tls_key, *record, *planner,
             *(["--insecure"] if flags.insecure else [])], environment))
     if flags.run_mode in ("normal", "prefill", "decode"):
         role = "both" if flags.run_mode == "normal" else flags.run_mode

@@ -108,6 +108,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--config_server_port", type=int, default=CONFIG_SERVER_PORT, help="(default: %(default)s)")
     add("--join", default="", help="config_server: take part in the queue of the config servers at these HOST:PORT, separated by commas")
 
+    add("--planner", choices=["off", "advise", "act"], default="off", help="config_server, or the only pd_master: watch queues and "
+        "latencies, and propose (advise) or order (act) that workers change their roles (default: %(default)s)")
+    add("--ttft_objective", type=float, default=2.0, help="planner: seconds to the first token, p90 (default: %(default)s)")
+    add("--tpot_objective", type=float, default=0.1, help="planner: seconds per token after it, p90 (default: %(default)s)")
+
     add = parser.add_argument_group("secrets and certificates").add_argument
     add("--cluster_token", default="", help="the secret that all processes of a farm share (better in the environment or in a file: what "
         "stands here everybody on the machine can read)")

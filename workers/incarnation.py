@@ -29,6 +29,7 @@ from workers.lease import Lease
 from workers.pulling import Pulling, handoff_consumers, job_consumers
 from workers.recent import RecentIds
 from workers.settings import WorkerSettings
+from workers.step_clock import StepClock
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Incarnation:
         self._model = model_token(settings.engine.model_name)
         self._tasks: list[asyncio.Task[None]] = []
         self._is_draining = False
+        self._clock = StepClock()
 
     async def start(self) -> None:
         """Register, then pull. Raises Unavailable when NATS or Redis does not answer."""
@@ -93,7 +95,7 @@ class Incarnation:
     def _info(self) -> dict[str, Any]:
         engine, stats, layout = self._settings.engine, self.stats, self._ready.layout
         return {"role": engine.role, "model": self._model, "host": socket.gethostname(), "pid": os.getpid(),
-                "state": "draining" if self._is_draining else "serving",
+                "state": "draining" if self._is_draining else "serving", "step_s": round(self._clock.step_s, 4),
                 "layout": {name: getattr(layout, name) for name in layout.__slots__},
                 "stats": {name: getattr(stats, name) for name in stats.__slots__},
                 "max_total_tokens": self._ready.max_total_tokens, "max_seq_len": self._ready.max_seq_len,
@@ -125,6 +127,7 @@ class Incarnation:
     def on_event(self, event: Event) -> None:
         match event:
             case Tokens():
+                self._clock.tick()
                 self.jobs.on_tokens(event)
             case Stats():
                 self.stats = event

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from coordinator.messages import CLASSES
 from tests.system.farm import ROOT
 from tests.system.serving import Serving, Servings, free_ports
 from workers.random_model import write_random_model
@@ -35,7 +36,7 @@ class Fleet(Servings):
             "PD_MASTER_2_PORT": str(self.ports[1])})
 
     def config_server(self) -> None:
-        self.config = self.script("config", "multi_pd_master/config_server.sh", HOST)
+        self.config = self.script("config", "multi_pd_master/config_server.sh", HOST, flags="--planner advise")
         self.config.wait_said("config_server ready")
 
     def master(self, number: int) -> str:
@@ -191,6 +192,26 @@ async def test_a_worker_changes_its_role_under_load_and_back_and_nothing_is_lost
     assert all(answer["generated_text"] == alone[index % 4]["generated_text"] for index, answer in enumerate(answers))
     after = {worker["incarnation"] for worker in registry(fleet)["workers"] if worker["worker"] == "turncoat" and worker["alive"]}
     assert after and not after & before
+
+
+async def test_open_jobs_doors_queues_and_the_planner_are_shown(fleet: Fleet) -> None:
+    async with httpx.AsyncClient(timeout=120) as http:
+        body = {"inputs": [1, 2, 3], "parameters": {"max_new_tokens": 2400, "ignore_eos": True}}
+        headers = {"X-Job-Id": "watched", "X-Tenant": "me"}
+        asking = asyncio.create_task(http.post(f"{url_of(fleet, 1)}/generate", json=body, headers=headers))
+        rows: list[dict[str, Any]] = []
+        while not rows and not asking.done():
+            listed = await asyncio.to_thread(tokenmill, fleet, "jobs", "list", "--json")
+            rows = [row for row in json.loads(listed.stdout) if row["job_id"] == "watched"]
+        assert (rows[0]["tenant"], rows[0]["klass"], rows[0]["tokens"]) == ("me", "normal", 2403)
+        assert (await asyncio.to_thread(tokenmill, fleet, "jobs", "cancel", "watched")).returncode == 0
+        assert (await asking).status_code == 499
+    said = await asyncio.to_thread(tokenmill, fleet, "status", "--json")
+    status = json.loads(said.stdout)
+    assert len(status["masters"]) >= 3 and status["config_servers"] and set(status["queues"]) == {*CLASSES, "handoff"}
+    assert status["roles"]["prefill"] >= 1 and status["planner"]["mode"] == "advise" and status["planner"]["proposal"]["reason"]
+    table = await asyncio.to_thread(tokenmill, fleet, "status")
+    assert all(word in table.stdout for word in ("prefill-1", "decode-1", "handoff", "master", "planner (advise)")), table.stdout
 
 
 def test_a_drained_worker_leaves_with_its_supervisor_and_is_not_started_again(fleet: Fleet) -> None:
