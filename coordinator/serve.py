@@ -49,6 +49,9 @@ class Child:
             return
         now = time.monotonic()
         self._deaths = [at for at in self._deaths if now - at < FAST_S] + [now]
+        if status == lifeline.DRAINED_STATUS:
+            self._lifeline = -1
+            raise Drained(f"{self.name} was drained and has left")
         if len(self._deaths) >= MAX_FAST_DEATHS or status == 2:
             self._lifeline = -1
             raise TokenmillError(f"{self.name} ended with status {status}")
@@ -72,6 +75,10 @@ class Child:
 
 class Stop(Exception):
     """SIGINT or SIGTERM asked us to end."""
+
+
+class Drained(Exception):
+    """The worker was told to leave, and has left: so do we."""
 
 
 def main(argv: list[str]) -> int:
@@ -103,6 +110,8 @@ def serve(flags: argparse.Namespace) -> int:
                 for child in children:
                     child.restart_if_dead()
                 time.sleep(POLL_S)
+        except Drained as said:
+            print(said, file=sys.stderr, flush=True)
         except Stop:
             print(f"stopping: what runs may finish for {flags.drain_timeout:g} s; once more ends it at once (unfinished jobs stay in the "
                   "queue)", file=sys.stderr, flush=True)
@@ -156,11 +165,12 @@ def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, desk
     # URLs may carry passwords, and the token is one: neither belongs into a command line that everybody on the machine can read.
     environment = {**os.environ, "TOKENMILL_NATS_URL": queue.urls.nats_url, "TOKENMILL_REDIS_URL": queue.urls.redis_url,
                    cluster_token.ENV: flags.cluster_token, "TOKENMILL_TLS_CA": flags.tls_ca}
+    planner = ["--planner", flags.planner, "--ttft_objective", str(flags.ttft_objective), "--tpot_objective", str(flags.tpot_objective)]
     record = ["--queue_record", str(queue.record_path)] if queue.record_path is not None else []
     if flags.run_mode == "config_server":
         children.append(Child("config server", "coordinator.config_server", [
             "--host", flags.config_server_host, "--port", str(port), "--record", str(queue.record_path), "--tls_cert", flags.tls_cert,
-            "--tls_key", flags.tls_key, "--log_level", flags.log_level], environment))
+            "--tls_key", flags.tls_key, "--log_level", flags.log_level, *planner], environment))
         return children
     common = ["--model_dir", flags.model_dir, "--model_name", flags.model_name,
               "--max_req_total_len", str(flags.max_req_total_len), "--max_queued", str(flags.max_queued), "--log_level", flags.log_level]
@@ -170,7 +180,7 @@ def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, desk
             "--max_queued_tokens", str(flags.max_queued_tokens), "--max_tenant_jobs", str(flags.max_tenant_jobs),
             "--max_tenant_tokens", str(flags.max_tenant_tokens), "--api_keys_file", flags.api_keys_file,
             "--files_dir", flags.files_dir or str(_state_dir(flags) / "files"),
-            "--cors_origins", flags.cors_origins, "--tls_cert", flags.tls_cert, "--tls_key", flags.tls_key, *record,
+            "--cors_origins", flags.cors_origins, "--tls_cert", flags.tls_cert, "--tls_key", flags.tls_key, *record, *planner,
             *(["--insecure"] if flags.insecure else [])], environment))
     if flags.run_mode in ("normal", "prefill", "decode"):
         role = "both" if flags.run_mode == "normal" else flags.run_mode

@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--nats_url", default="", help="use this NATS instead of an embedded one")
     add("--redis_url", default="", help="use this Redis or Valkey instead of an embedded one")
     add("--nats_port", type=int, default=0, help="port of the embedded NATS; 0 picks a free one")
+    add("--nats_monitor_port", type=int, default=0, help="config_server, pd_master: also open NATS' monitoring port, for KEDA and "
+        "dashboards (it shows names and counts to everybody; default: closed)")
     add("--redis_port", type=int, default=0, help="port of the embedded Valkey; 0 picks a free one")
     add("--insecure", action="store_true", help="allow a bind address that is not loopback, without keys or TLS")
     add("--api_keys_file", default="", help="REST wants a key of this file (tokenmill keys create); needed unless --host is loopback")
@@ -116,6 +118,11 @@ def _parser() -> argparse.ArgumentParser:
         "commas, each with a port of its own if it has one (a,b:60089)")
     add("--config_server_port", type=int, default=CONFIG_SERVER_PORT, help="(default: %(default)s)")
     add("--join", default="", help="config_server: take part in the queue of the config servers at these HOST:PORT, separated by commas")
+
+    add("--planner", choices=["off", "advise", "act"], default="off", help="config_server, or the only pd_master: watch queues and "
+        "latencies, and propose (advise) or order (act) that workers change their roles (default: %(default)s)")
+    add("--ttft_objective", type=float, default=2.0, help="planner: seconds to the first token, p90 (default: %(default)s)")
+    add("--tpot_objective", type=float, default=0.1, help="planner: seconds per token after it, p90 (default: %(default)s)")
 
     add = parser.add_argument_group("secrets and certificates").add_argument
     add("--cluster_token", default="", help="the secret that all processes of a farm share (better in the environment or in a file: what "

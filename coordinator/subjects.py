@@ -98,3 +98,8 @@ def ask(model: str) -> str:
 
 def kv(worker: str, incarnation: int) -> str:
     return f"kv.{worker}.{incarnation}"
+
+
+def control(worker: str) -> str:
+    """Orders to one worker, whatever its incarnation."""
+    return f"control.{worker}"

@@ -24,7 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from coordinator.errors import ConfigError, InvalidField, LayoutMismatch, PagesExhausted
@@ -47,6 +47,7 @@ from workers.engine_messages import (
     Progress,
     Ready,
     ReleasePin,
+    SetRole,
     Shutdown,
     Stats,
     Tokens,
@@ -191,6 +192,11 @@ class Engine:
                 self._are_stats_due |= scheduler.cancel(command.job_id)
             case ReleasePin():
                 self._are_stats_due |= scheduler.release_pin(command.job_id)
+            case SetRole():
+                self._unguided.clear()
+                scheduler.set_role(command.role)
+                self._limits = replace(self._limits, prefill_only=command.role == "prefill")
+                self._are_stats_due = True
             case Ping():
                 self._send(Pong())
             case Wake() if self._lockstep is not None:

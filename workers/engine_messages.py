@@ -103,6 +103,13 @@ class ReleasePin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SetRole:
+    """Forget every sequence and go on under this role. What was computed stays in the prefix cache."""
+
+    role: Literal["prefill", "decode", "both"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ping:
     """Answered by Pong between two steps: an engine that answers is not stuck."""
 
@@ -219,11 +226,12 @@ class Stats:
     free_tokens: Count
 
 
-Command = AddSequence | ImportSequence | Activate | Cancel | ReleasePin | Ping | Shutdown
+Command = AddSequence | ImportSequence | Activate | Cancel | ReleasePin | SetRole | Ping | Shutdown
 Event = Progress | Ready | Tokens | Pinned | Imported | Failed | Pong | Stats
 
 COMMANDS: dict[str, type[Command]] = {
     "add": AddSequence, "import": ImportSequence, "activate": Activate, "cancel": Cancel, "release_pin": ReleasePin, "ping": Ping,
+    "set_role": SetRole,
     "shutdown": Shutdown,
 }
 EVENTS: dict[str, type[Event]] = {

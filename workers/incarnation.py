@@ -30,6 +30,7 @@ from workers.lease import Lease
 from workers.pulling import Pulling, handoff_consumers, job_consumers
 from workers.recent import RecentIds
 from workers.settings import WorkerSettings
+from workers.step_clock import StepClock
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class Incarnation:
         self._cancelled = RecentIds(MAX_REMEMBERED_CANCELS)
         self._model = model_token(settings.engine.model_name)
         self._tasks: list[asyncio.Task[None]] = []
+        self._is_draining = False
+        self._clock = StepClock()
 
     async def start(self) -> None:
         """Register, then pull. Raises Unavailable when NATS or Redis does not answer."""
@@ -96,6 +99,7 @@ class Incarnation:
     def _info(self) -> dict[str, Any]:
         engine, stats, layout = self._settings.engine, self.stats, self._ready.layout
         return {"role": engine.role, "model": self._model, "host": socket.gethostname(), "pid": os.getpid(),
+                "state": "draining" if self._is_draining else "serving", "step_s": round(self._clock.step_s, 4),
                 "layout": {name: getattr(layout, name) for name in layout.__slots__},
                 "stats": {name: getattr(stats, name) for name in stats.__slots__},
                 "max_total_tokens": self._ready.max_total_tokens, "max_seq_len": self._ready.max_seq_len,
@@ -144,6 +148,7 @@ class Incarnation:
     def on_event(self, event: Event) -> None:
         match event:
             case Tokens():
+                self._clock.tick()
                 self.jobs.on_tokens(event)
             case Stats():
                 self.stats = event
@@ -214,7 +219,9 @@ class Incarnation:
     # ---- leaving ----
 
     async def stop_pulling(self) -> None:
+        self._is_draining = True
         await self._pulling.close()
+        await self._lease.renew_now()
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new and let what is here end by itself, for a while."""

@@ -10,12 +10,14 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 from coordinator import lifeline
 from coordinator.bus import Bus
 from coordinator.errors import ConfigError, TokenmillError, Unavailable
 from coordinator.host_identity import address_towards
+from coordinator.lifeline import DRAINED_STATUS
 from coordinator.rendezvous import CRASHED, DONE, PEER_STATUS, VANISHED
 from coordinator.store import Blame, Store
 from coordinator.subjects import model_token
@@ -23,9 +25,10 @@ from coordinator.tokenizer import Tokenizer
 from coordinator.watcher import Watcher
 from workers import rank_flags
 from workers.engine_link import SHUTDOWN_GRACE_S, EngineLink
-from workers.engine_messages import Event, Progress, Ready, Stats
+from workers.engine_messages import Event, Progress, Ready, SetRole, Stats
 from workers.incarnation import Incarnation
 from workers.load_progress import LoadProgress
+from workers.order_book import OrderBook
 from workers.settings import EngineSettings, WorkerSettings
 from workers.transfer.reach import MODES
 
@@ -58,6 +61,8 @@ class Worker:
         self._status = 1
         self._stats = NO_STATS
         self._incarnation: Incarnation | None = None
+        self._role = settings.engine.role
+        self._orders = OrderBook(settings.worker_id, self._role)
 
     def stop(self) -> None:
         """Finish or hand back what is here, then leave."""
@@ -77,8 +82,10 @@ class Worker:
             await self._until_provisioned(bus, store)
             watcher = Watcher(bus, store, settings.worker_id)
             watcher.start()
-            while not self._stopping.is_set():
-                await self._live(Incarnation(settings, ready, self._stats, engine, tokenizer, bus, store), ready)
+            await self._orders.open(bus)
+            while not self._stopping.is_set() and not self._orders.is_leaving:
+                await self._live(Incarnation(self._under_orders(engine), ready, self._stats, engine, tokenizer, bus, store), ready)
+            await self._orders.close()
             await watcher.close()
             await bus.close()
             await store.close()
@@ -89,7 +96,15 @@ class Worker:
         if self._failure:
             log.error("%s", self._failure)
             return self._status
-        return status
+        return status or (DRAINED_STATUS if self._orders.is_leaving and not self._stopping.is_set() else 0)
+
+    def _under_orders(self, engine: EngineLink) -> WorkerSettings:
+        """The settings of the next life: a role that was ordered goes to the engine too, which keeps its weights and its prefix cache."""
+        self._orders.came.clear()
+        if self._orders.role != self._role:
+            self._role = self._orders.role
+            engine.send(SetRole(role=self._role))  # type: ignore[arg-type]
+        return replace(self._settings, engine=replace(self._settings.engine, role=self._role))
 
     @property
     def _engine_grace_s(self) -> float:
@@ -133,7 +148,7 @@ class Worker:
         self._incarnation = life
         print(f"{life.me.role} worker {life.me.owner} ready: {self._settings.engine.model_name}, {ready.max_total_tokens} KV tokens",
               file=sys.stderr, flush=True)
-        endings = [asyncio.create_task(self._stopping.wait()), asyncio.create_task(life.over.wait())]
+        endings = [asyncio.create_task(event.wait()) for event in (self._stopping, life.over, self._orders.came)]
         await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
         for task in endings:
             task.cancel()
