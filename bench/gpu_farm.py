@@ -166,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for mode in arguments.modes:
                 try:
                     rows += measure(mode, model_dir, Path(folder) / mode, arguments)
-                    for path in write_report(arguments.out / f"farm_{slug(machine['gpu'])}", f"tokenmill on GPUs{arguments.label}", rows, machine):
+                    title = f"tokenmill on GPUs{arguments.label}"
+                    for path in write_report(arguments.out / f"farm_{slug(machine['gpu'])}", title, rows, machine):
                         print(f"wrote {path}")
                 except Exception:
                     num_failed += 1
