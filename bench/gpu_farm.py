@@ -1,7 +1,8 @@
-"""The whole farm on one GPU under load: `python -m bench.gpu_farm [--model_dir DIR] [--modes normal pd]`.
+"""The whole farm on one or two GPUs under load: `python -m bench.gpu_farm [--model_dir DIR] [--modes normal pd] [--devices A B]`.
 
     normal   one worker that prefills and decodes
-    pd       a pd_master, a prefill worker and a decode worker on the same GPU: keys and values are handed over
+    pd       a pd_master, a prefill worker and a decode worker, on the same GPU or on two: keys and values are handed over
+    pair     a pd_master and two workers that prefill and decode, one on each device
 
 100 clients in a closed loop, 1,024 tokens in and 128 out, streaming. Without --model_dir a random checkpoint of DeepSeek-V2-Lite's
 shape is drawn on the GPU first. With hand-over, what a second token costs beside a short and a long prompt gives its speed.
@@ -12,6 +13,7 @@ import asyncio
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from statistics import median
 
 from bench.closed_loop import Outcome, Run, run_closed_loop
 from bench.farm_process import FarmFailed
-from bench.gpu_farm_process import running_modes
+from bench.gpu_farm_process import kill_worker, running_modes
 from bench.http_stream import Target
 from bench.kernel_result import slug
 from bench.machine import describe_machine
@@ -33,7 +35,7 @@ from workers.model_config import ModelConfig
 
 RESULTS = Path("bench/results")
 API = APIS["lightllm"]
-MODES = ("normal", "pd")
+MODES = ("normal", "pd", "pair")
 PEER = "bar: vLLM 0.26 under 100 clients, 1024/128, on another GPU, an H100 of 3.0 TB/s"
 PEER_REQ_S, PEER_TTFT_MS, PEER_TPOT_MS = 30.8, (551.0, 1454.0), (20.5, 23.0)
 HANDOVER_LENS, HANDOVER_ROUNDS, HANDOVER_OUTPUT = (512, 8192), 8, 8
@@ -42,19 +44,23 @@ HANDOVER_LENS, HANDOVER_ROUNDS, HANDOVER_OUTPUT = (512, 8192), 8, 8
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_farm", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model_dir", type=Path, help="a checkpoint; one without config.json is written there (default: a new one)")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES[:2])
     parser.add_argument("--num_clients", type=int, default=100)
     parser.add_argument("--requests", type=int, default=600, help="measured, after one of each client that warms up (default: %(default)s)")
+    parser.add_argument("--kill_after_s", type=float, default=2.0, help="from the beginning of a load (default: %(default)s)")
     parser.add_argument("--input_len", type=int, default=1024)
     parser.add_argument("--output_len", type=int, default=128)
     parser.add_argument("--handover_lens", type=int, nargs=2, default=HANDOVER_LENS, help="prompts whose hand-over is timed (%(default)s)")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--devices", nargs=2, help="of prefill and decode, or of the pair (default: --device for both)")
+    parser.add_argument("--kill", nargs="*", default=[], choices=("prefill", "decode"), help="pd: SIGKILL that worker under load, too")
     parser.add_argument("--pool_tokens", type=int, default=400_000, help="KV pool of each worker (default: %(default)s)")
     parser.add_argument("--load_workers", type=int, default=8, help="threads that load weights (default: %(default)s)")
     parser.add_argument("--mps", action="store_true", help="run under the GPU's multi-process service")
     parser.add_argument("--serve_flags", default="", help="further flags for every process of the farm, in one string")
     parser.add_argument("--ready_s", type=float, default=180.0, help="how long a farm may take to be ready (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--label", default="", help="what the report's title ends with")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     return parser.parse_args(argv)
 
@@ -132,7 +138,21 @@ def measure(mode: str, model_dir: Path, state_dir: Path, arguments: argparse.Nam
         print("\n".join(f"  {row.name}: {row.cells()[1]} (bar {row.cells()[2]}) {row.note}" for row in rows), flush=True)
         if mode == "pd":
             print(f"  {handover_line(target, config, vocab_size, *arguments.handover_lens)}", flush=True)
+            for role in arguments.kill:
+                items = _workload(2 * arguments.num_clients, vocab_size, arguments.seed + 2, arguments)
+                rows.append(kill_row(target, role, state_dir, items, arguments))
+                print(f"  {rows[-1].name}: {rows[-1].cells()[1]} (bar {rows[-1].cells()[2]}) {rows[-1].note}", flush=True)
     return rows
+
+
+def kill_row(target: Target, role: str, state_dir: Path, items: Sequence[WorkItem], arguments: argparse.Namespace) -> Row:
+    """Whole answers of a load during which a worker is killed, while keys and values are on their way."""
+    killer = threading.Timer(arguments.kill_after_s, kill_worker, (state_dir, role))
+    killer.start()
+    summary = Summary.of(_load(target, items, arguments.num_clients))
+    killer.join()
+    return Row(name=f"pd: answers over a SIGKILL of {role}", figure=summary.num_valid, bar=len(items), unit="answers",
+               higher_is_better=True, note=str(summary.details or ""))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for mode in arguments.modes:
                 try:
                     rows += measure(mode, model_dir, Path(folder) / mode, arguments)
-                    for path in write_report(arguments.out / f"farm_{slug(machine['gpu'])}", "tokenmill on one GPU", rows, machine):
+                    title = f"tokenmill on GPUs{arguments.label}"
+                    for path in write_report(arguments.out / f"farm_{slug(machine['gpu'])}", title, rows, machine):
                         print(f"wrote {path}")
                 except Exception:
                     num_failed += 1

@@ -1,7 +1,8 @@
-"""A farm on one GPU in either of its shapes, started as a user starts it and gone when the block ends."""
+"""A farm on one or two GPUs in any of its shapes, started as a user starts it and gone when the block ends."""
 
 import argparse
 import contextlib
+import json
 import os
 import shlex
 import signal
@@ -21,29 +22,58 @@ STOP_S = 45.0
 
 @contextlib.contextmanager
 def running_modes(mode: str, model_dir: Path, state_dir: Path, arguments: argparse.Namespace) -> Iterator[str]:
-    """Base URL of a farm that answers. `mode` is normal or pd. Raises FarmFailed with the last words of what did not start."""
-    flags = ["--device", arguments.device, "--max_total_token_num", str(arguments.pool_tokens), *shlex.split(arguments.serve_flags)]
+    """Base URL of a farm that answers. `mode` is normal, pd or pair. Raises FarmFailed with the last words of what did not start."""
+    flags = ["--max_total_token_num", str(arguments.pool_tokens), *shlex.split(arguments.serve_flags)]
+    first, second = arguments.devices or (arguments.device, arguments.device)
     os.environ["LOADWORKER"] = str(arguments.load_workers)
     with _multi_process_service() if arguments.mps else contextlib.nullcontext():
         if mode == "normal":
-            with running_farm(model_dir, state_dir, num_threads=0, ready_s=arguments.ready_s, flags=flags) as url:
+            with running_farm(model_dir, state_dir, num_threads=0, ready_s=arguments.ready_s,
+                              flags=["--device", arguments.device, *flags]) as url:
                 yield url
             return
         with running_farm(model_dir, state_dir, num_threads=0, ready_s=arguments.ready_s, flags=["--run_mode", "pd_master"]) as url:
             target = Target.parse(url)
             join = ["--pd_master_ip", target.host, "--pd_master_port", str(target.port), *flags]
-            with _worker("prefill", model_dir, state_dir, join) as prefill, _worker("decode", model_dir, state_dir, join) as decode:
-                _wait_until_ready(url, {"prefill": prefill, "decode": decode}, state_dir, arguments.ready_s)
+            if mode == "pd":
+                commands = {role: ["tokenmill", "serve", "--run_mode", role, *join, "--device", device]
+                            for role, device in (("prefill", first), ("decode", second))}
+            else:
+                where = _bootstrap(url)
+                commands = {f"both-{number}": ["workers.worker", "--role", "both", "--worker_id", f"both-{number}", *where, *flags,
+                                               "--load_workers", str(arguments.load_workers), "--device", device]
+                            for number, device in enumerate((first, second), 1)}
+            with contextlib.ExitStack() as stack:
+                workers = {name: stack.enter_context(_worker(name, model_dir, state_dir, command)) for name, command in commands.items()}
+                _wait_until_ready(url, workers, state_dir, arguments.ready_s)
                 yield url
 
 
+def kill_worker(state_dir: Path, role: str) -> None:
+    """SIGKILL to the worker's I/O process, whose engine goes with it; what started it will start another."""
+    parent = int(_pid(state_dir, role).read_text())
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            pid, _, rest = stat.read_text().partition(" ")
+            if int(rest.rpartition(")")[2].split()[1]) == parent:
+                print(f"  SIGKILL to the {role} worker, process {pid}", flush=True)
+                os.kill(int(pid), signal.SIGKILL)
+
+
+def _bootstrap(url: str) -> list[str]:
+    with urllib.request.urlopen(f"{url}/bootstrap", timeout=10.0) as reply:
+        told = json.load(reply)
+    return ["--nats_url", told["nats_url"], "--redis_url", told["redis_url"]]
+
+
 @contextlib.contextmanager
-def _worker(role: str, model_dir: Path, state_dir: Path, flags: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "tokenmill", "serve", "--run_mode", role, "--model_dir", str(model_dir.resolve()), *flags]
+def _worker(role: str, model_dir: Path, state_dir: Path, what: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", *what, "--model_dir", str(model_dir.resolve())]
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # a clone need not be installed
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": search}
     with _log(state_dir, role).open("wb") as log:
         process = subprocess.Popen(command, cwd=state_dir, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+    _pid(state_dir, role).write_text(str(process.pid))
     try:
         yield process
     finally:
@@ -75,6 +105,10 @@ def _answers(url: str) -> bool:
 
 def _log(state_dir: Path, role: str) -> Path:
     return state_dir / f"{role}.log"
+
+
+def _pid(state_dir: Path, role: str) -> Path:
+    return state_dir / f"{role}.pid"
 
 
 @contextlib.contextmanager
