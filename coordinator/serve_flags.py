@@ -55,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--cors_origins", default="", help="origins whose web pages may ask here, separated by commas, or * (default: none)")
 
     add = parser.add_argument_group("engine").add_argument
+    add("--engine", choices=["model", "mock"], default="model",
+        help="mock: no model and no weights, made-up tokens in the time that --mock_costs say; for tests and simulations of farms")
+    add("--mock_costs", default="", help="of the mock engine: prefill=TOKENS_PER_S,step_ms=…,seq_ms=…,copy_ms=… (default: 20000, 8, 0.05, "
+        "0.02)")
     add("--device", default="auto", help="where the math runs: cpu, cuda, cuda:N, or auto: a GPU if there is one (default: %(default)s)")
     add("--data_type", default="auto", choices=["auto", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16"],
         help="of weights and KV cache (default: float32 on CPU, the checkpoint's own on GPU)")
@@ -131,6 +135,8 @@ def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[st
     for name, is_given in refusals.items():
         if is_given:
             raise ConfigError(f"{name}: this version does not have it; nothing was started")
+    if flags.mock_costs and flags.engine != "mock":
+        raise ConfigError("--mock_costs says how long steps of --engine mock take: there is no mock engine here")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", flags.device):
         raise ConfigError(f"--device {flags.device}: must be auto, cpu, cuda or cuda:N")
     if flags.engine_stall_s < 0:

@@ -63,7 +63,8 @@ def depths(counters: Counters) -> dict[str, int]:
 
 def _row(view: WorkerView) -> dict[str, Any]:
     info = view.info
-    return {"worker": view.worker, "incarnation": view.incarnation, "role": view.role, "alive": view.is_alive,
+    return {"worker": view.worker, "incarnation": view.incarnation, "role": view.role, "engine": info.get("engine", "model"),
+            "alive": view.is_alive,
             "lease_left_s": round(view.expires_in_s, 1), "claims": view.num_owned, "host": info.get("host", ""), "pid": info.get("pid", 0),
             "finished": info.get("finished", 0), "stats": view.stats}
 
@@ -77,7 +78,8 @@ def _show(report: dict[str, Any]) -> None:
         stats = row["stats"]
         pages = f"{stats.get('held_pages', 0)} / {stats.get('cached_pages', 0)} / {stats.get('free_pages', 0)}"
         lease = f"{row['lease_left_s']:.1f} s" if row["alive"] else "lapsed"
-        table.add_row(row["worker"], row["role"], lease, str(row["claims"]), str(stats.get("running", 0)), str(stats.get("waiting", 0)),
+        role = row["role"] if row["engine"] == "model" else f"{row['role']} ({row['engine'].upper()} engine)"
+        table.add_row(row["worker"], role, lease, str(row["claims"]), str(stats.get("running", 0)), str(stats.get("waiting", 0)),
                       str(stats.get("pinned", 0)), pages, str(row["finished"]))
     console.print(table)
     rest = Table(title="queue and holdings")

@@ -20,7 +20,7 @@ from coordinator.tasks import end
 from coordinator.tokenizer import Tokenizer
 from workers.active_job import Phase
 from workers.emitter import Emitter
-from workers.engine_link import EngineLink
+from workers.engine_link import EngineCommands
 from workers.engine_messages import Event, Failed, Imported, Pinned, Ready, Stats, Tokens
 from workers.handover import Giver, Taker
 from workers.intake import Intake
@@ -44,7 +44,7 @@ SETTLE_S = 2.0
 class Incarnation:
     """Use: `await start(…)`, feed `on_event`, wait for `over`, `await leave(…)`."""
 
-    def __init__(self, settings: WorkerSettings, ready: Ready, stats: Stats, engine: EngineLink, tokenizer: Tokenizer, bus: Bus,
+    def __init__(self, settings: WorkerSettings, ready: Ready, stats: Stats, engine: EngineCommands, tokenizer: Tokenizer, bus: Bus,
                  store: Store) -> None:
         self.over = asyncio.Event()     # others took over: nothing of this life may be used any more
         self.stats = stats
@@ -91,7 +91,7 @@ class Incarnation:
 
     def _info(self) -> dict[str, Any]:
         engine, stats, layout = self._settings.engine, self.stats, self._ready.layout
-        return {"role": engine.role, "model": self._model, "host": socket.gethostname(), "pid": os.getpid(),
+        return {"role": engine.role, "engine": engine.engine, "model": self._model, "host": socket.gethostname(), "pid": os.getpid(),
                 "layout": {name: getattr(layout, name) for name in layout.__slots__},
                 "stats": {name: getattr(stats, name) for name in stats.__slots__},
                 "max_total_tokens": self._ready.max_total_tokens, "max_seq_len": self._ready.max_seq_len,

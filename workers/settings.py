@@ -10,6 +10,8 @@ class EngineSettings:
     model_dir: str
     model_name: str
     role: str                        # prefill, decode or both
+    engine: str = "model"            # model, or mock: made-up tokens in the time that `mock_costs` say
+    mock_costs: str = ""
     device: str = "cpu"              # auto (a GPU if there is one), cpu, cuda or cuda:N
     dtype: str = "auto"              # auto: float32 on CPU, the checkpoint's on GPU
     page_size: int = 0               # tokens

@@ -22,9 +22,12 @@ from workers.engine_link import EngineLink
 from workers.engine_messages import Event, Progress, Ready, Stats
 from workers.incarnation import Incarnation
 from workers.load_progress import LoadProgress
+from workers.mock_link import MockLink
 from workers.settings import EngineSettings, WorkerSettings
 
 log = logging.getLogger(__name__)
+
+Engine = EngineLink | MockLink
 
 RETRY_S = 1.0
 CONFIG_STATUS = 2   # starting again would not help
@@ -49,7 +52,7 @@ class Worker:
 
     async def run(self) -> int:
         settings = self._settings
-        engine = await EngineLink.start(settings.engine)
+        engine: Engine = await (MockLink if settings.engine.engine == "mock" else EngineLink).start(settings.engine)
         tasks: list[asyncio.Task[None]] = []
         try:
             events = engine.events()
@@ -75,7 +78,7 @@ class Worker:
             return 1
         return status
 
-    async def _load(self, engine: EngineLink, events: AsyncIterator[Event]) -> Ready:
+    async def _load(self, engine: Engine, events: AsyncIterator[Event]) -> Ready:
         with LoadProgress(self._settings.engine.model_dir) as bar:
             async for event in events:
                 if isinstance(event, Progress):
@@ -106,7 +109,8 @@ class Worker:
             await asyncio.sleep(RETRY_S)
             return
         self._incarnation = life
-        print(f"{life.me.role} worker {life.me.owner} ready: {self._settings.engine.model_name}, {ready.max_total_tokens} KV tokens",
+        kind = "MOCK engine, " if ready.device == "mock" else ""
+        print(f"{life.me.role} worker {life.me.owner} ready: {kind}{self._settings.engine.model_name}, {ready.max_total_tokens} KV tokens",
               file=sys.stderr, flush=True)
         endings = [asyncio.create_task(self._stopping.wait()), asyncio.create_task(life.over.wait())]
         await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
@@ -117,7 +121,7 @@ class Worker:
             await life.drain(self._settings.drain_timeout_s)
         await life.leave(self._blame)
 
-    async def _pump(self, engine: EngineLink, events: AsyncIterator[Event]) -> None:
+    async def _pump(self, engine: Engine, events: AsyncIterator[Event]) -> None:
         async for event in events:
             if isinstance(event, Stats):
                 self._stats = event
@@ -126,7 +130,7 @@ class Worker:
         status = await asyncio.to_thread(engine.process.wait)
         self._fail(f"the engine process ended with status {status}", "death" if status in (-signal.SIGKILL, -signal.SIGTERM) else "crash")
 
-    async def _watch(self, engine: EngineLink, ready: Ready) -> None:
+    async def _watch(self, engine: Engine, ready: Ready) -> None:
         """An engine that hangs is ended, and is as good as one that crashed: its jobs go back into the queue, each of them a suspect."""
         limit_s = self._settings.engine_stall_s or (CPU_STALL_S if ready.device == "cpu" else GPU_STALL_S)
         await engine.silence(limit_s)
@@ -149,6 +153,8 @@ def _parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
     add("--model_dir", required=True)
     add("--model_name", default="default_model_name")
     add("--worker_id", default="")
+    add("--engine", choices=["model", "mock"], default="model")
+    add("--mock_costs", default="")
     add("--device", default="auto")
     add("--data_type", default="auto")
     add("--page_size", type=int, default=0)
@@ -171,7 +177,8 @@ def _parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
     flags = parser.parse_args(argv)
     dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     engine = EngineSettings(
-        model_dir=flags.model_dir, model_name=flags.model_name, role=flags.role, device=flags.device,
+        model_dir=flags.model_dir, model_name=flags.model_name, role=flags.role, device=flags.device, engine=flags.engine,
+        mock_costs=flags.mock_costs,
         dtype=dtypes.get(flags.data_type, flags.data_type), page_size=flags.page_size, max_total_token_num=flags.max_total_token_num,
         mem_fraction=flags.mem_fraction, max_req_total_len=flags.max_req_total_len, running_max_req_size=flags.running_max_req_size,
         chunked_prefill_size=flags.chunked_prefill_size, load_workers=flags.load_workers, num_threads=flags.num_threads,
