@@ -184,7 +184,8 @@ def _start_children(flags: argparse.Namespace, nats_url: str, redis_url: str, po
 
     stack.callback(stop_all)
     common = ["--nats_url", nats_url, "--redis_url", redis_url, "--model_dir", flags.model_dir, "--model_name", flags.model_name,
-              "--max_req_total_len", str(flags.max_req_total_len), "--max_queued", str(flags.max_queued), "--log_level", flags.log_level]
+              "--max_req_total_len", str(flags.max_req_total_len), "--max_queued", str(flags.max_queued), "--prefix_affinity",
+              flags.prefix_affinity, "--disagg_min_tokens", str(flags.disagg_min_tokens), "--log_level", flags.log_level]
     if flags.run_mode in ("normal", "pd_master"):
         children.append(Child("REST shim", "producers.rest", [
             *common, "--host", flags.host, "--port", str(port), "--max_body_bytes", str(flags.max_body_bytes),

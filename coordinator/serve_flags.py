@@ -74,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--disable_dynamic_prompt_cache", action="store_true", help="no prefix cache")
     add("--graph_max_batch_size", type=int, default=256, help="sequences up to which a decode step is a CUDA graph (default: %(default)s)")
     add("--disable_cudagraph", action="store_true", help="decode without CUDA graphs (there are none on CPU)")
+    add("--prefix_affinity", choices=["on", "off"], default="off",
+        help="on, given to every process of the farm: prompts go to workers that have their beginning cached, where that pays "
+             "(default: %(default)s)")
+    add("--disagg_min_tokens", type=int, default=0,
+        help="prefill and decode apart: prompts with fewer tokens to compute are prefilled by decode workers (default: none)")
     add("--tp", type=int, default=1, help="ranks of the group (this version: 1)")
     add("--dp", type=int, default=1, help="data parallel groups (this version: 1)")
     add("--enable_fa3", action="store_true", help="attention by the package flash_attn_interface on a Hopper GPU (not in this version: its "
@@ -137,6 +142,10 @@ def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[st
             raise ConfigError(f"{name}: this version does not have it; nothing was started")
     if flags.mock_costs and flags.engine != "mock":
         raise ConfigError("--mock_costs says how long steps of --engine mock take: there is no mock engine here")
+    if flags.disagg_min_tokens < 0:
+        raise ConfigError(f"--disagg_min_tokens {flags.disagg_min_tokens}: must be a number of tokens, 0 for none")
+    if flags.prefix_affinity == "on" and flags.disable_dynamic_prompt_cache:
+        raise ConfigError("--prefix_affinity on: there is no prefix cache with --disable_dynamic_prompt_cache")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", flags.device):
         raise ConfigError(f"--device {flags.device}: must be auto, cpu, cuda or cuda:N")
     if flags.engine_stall_s < 0:

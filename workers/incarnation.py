@@ -14,6 +14,7 @@ from typing import Any
 from coordinator import subjects
 from coordinator.bus import Bus, Message
 from coordinator.errors import Fenced, Unavailable
+from coordinator.prefix_index import PrefixIndex
 from coordinator.store import Blame, Store
 from coordinator.subjects import model_token
 from coordinator.tasks import end
@@ -21,13 +22,15 @@ from coordinator.tokenizer import Tokenizer
 from workers.active_job import Phase
 from workers.emitter import Emitter
 from workers.engine_link import EngineCommands
-from workers.engine_messages import Event, Failed, Imported, Pinned, Ready, Stats, Tokens
+from workers.engine_messages import Blocks, Event, Failed, Imported, Pinned, Ready, Stats, TellBlocks, Tokens
 from workers.handover import Giver, Taker
 from workers.intake import Intake
 from workers.jobs import Identity, Jobs
 from workers.lease import Lease
-from workers.pulling import Pulling, handoff_consumers, job_consumers
+from workers.prefix_teller import PrefixTeller
+from workers.pulling import Pulling, handoff_consumers, job_consumers, lane_consumers
 from workers.recent import RecentIds
+from workers.relief import Relief
 from workers.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -72,20 +75,37 @@ class Incarnation:
         self._lease = Lease(self._store, me.owner, self._info, self.jobs.owned, self._on_lost, self.over.set)
         self._lease.start()
         self._cancels = await self._bus.subscribe("cancel.*", self._on_cancel)
+        own_lanes = [lane for lane in self._lanes if lane != subjects.LOCAL_LANE]
+        for lane in self._lanes:
+            await self._bus.ensure_lane(self._model, lane)
+        self._relief: Relief | None = None
+        self._teller: PrefixTeller | None = None
+        if settings.prefix_affinity:
+            index = PrefixIndex(self._store, self._model)
+            self._teller = PrefixTeller(index, incarnation, lambda: self._engine.send(TellBlocks()))
+            self._teller.start()
         self._giver: Giver | None = None
         self._taker: Taker | None = None
         if me.role == "prefill":
             self._giver = Giver(me, ready.pool, self._bus, self._store, self._engine, self.jobs)
             await self._giver.start()
+        intake = Intake(me, self._tokenizer, self._bus, self._store, self.jobs, self._cancelled.__contains__)
         if me.role == "decode":
             self._taker = Taker(me, self._tokenizer, self._bus, self._store, self._engine, self.jobs, self._cancelled.__contains__)
-            self._pulling = Pulling(self._bus, handoff_consumers(self._model), self._room_for_handles, self._taker.take)
+            self._pullings = [Pulling(self._bus, handoff_consumers(self._model), self._room_for_handles, self._taker.take)]
+            if self._lanes:
+                self._pullings.append(Pulling(self._bus, lane_consumers(self._model, self._lanes), self._room_for_jobs, intake.accept,
+                                              free=self._free_slots, num_slots=self._ready.max_num_seqs))
         else:
-            intake = Intake(me, self._tokenizer, self._bus, self._store, self.jobs, self._cancelled.__contains__)
-            self._pulling = Pulling(self._bus, job_consumers(self._model), self._room_for_jobs, intake.accept, free=self._free_slots,
-                                    num_slots=self._ready.max_num_seqs)
-        self.jobs.on_change = self._pulling.on_change
-        await self._pulling.start()
+            pulling = Pulling(self._bus, job_consumers(self._model, own_lanes), self._room_for_jobs, intake.accept, free=self._free_slots,
+                              num_slots=self._ready.max_num_seqs)
+            self._pullings = [pulling]
+            self._relief = Relief(self._bus, self._model, "".join(own_lanes), self._room_for_jobs, pulling.take_from)
+        self.jobs.on_change = self._on_room
+        for each in self._pullings:
+            await each.start()
+        if self._relief is not None:
+            await self._relief.start()
         self._tasks = [asyncio.create_task(self._beat_forever()), asyncio.create_task(self._stay_on_roster()),
                        asyncio.create_task(self._watch_deadlines())]
 
@@ -94,10 +114,23 @@ class Incarnation:
         return {"role": engine.role, "engine": engine.engine, "model": self._model, "host": socket.gethostname(), "pid": os.getpid(),
                 "layout": {name: getattr(layout, name) for name in layout.__slots__},
                 "stats": {name: getattr(stats, name) for name in stats.__slots__},
-                "max_total_tokens": self._ready.max_total_tokens, "max_seq_len": self._ready.max_seq_len,
+                "lanes": self._lanes, "waiting_tokens": self.jobs.num_waiting_tokens if hasattr(self, "jobs") else 0,
+                "max_num_seqs": self._ready.max_num_seqs, "max_total_tokens": self._ready.max_total_tokens,
+                "max_seq_len": self._ready.max_seq_len,
                 "finished": self.jobs.num_finished if hasattr(self, "jobs") else 0}
 
+    @property
+    def _lanes(self) -> list[str]:
+        """Those that not every worker serves."""
+        settings = self._settings
+        own = [subjects.worker_lane(settings.worker_id)] if settings.prefix_affinity else []
+        return [*own, subjects.LOCAL_LANE] if settings.serves_local and settings.engine.role == "decode" else own
+
     # ---- how much to pull ----
+
+    def _on_room(self) -> None:
+        for pulling in self._pullings:
+            pulling.on_change()
 
     def _room_for_jobs(self) -> int:
         """Jobs that may be pulled: slots free in the engine, and not more prompt tokens waiting than two steps compute."""
@@ -106,13 +139,13 @@ class Incarnation:
         return min(self._free_slots(), MAX_PULL)
 
     def _free_slots(self) -> int:
-        return self._ready.max_num_seqs - self.jobs.num_in(Phase.RUNNING, Phase.CLAIMING)
+        return self._ready.max_num_seqs - self.jobs.num_in(Phase.RUNNING, Phase.CLAIMING, Phase.IMPORTING)
 
     def _room_for_handles(self) -> int:
         """Handles that may be pulled: a few imports ahead at most, or a full worker would hoard what others could run."""
         if not self._may_take or self.jobs.num_in(Phase.IMPORTING) >= MAX_IMPORTS:
             return 0
-        return min(self._ready.max_num_seqs - self.jobs.num_in(Phase.RUNNING, Phase.IMPORTING), MAX_IMPORTS)
+        return min(self._free_slots(), MAX_IMPORTS)
 
     @property
     def _may_take(self) -> bool:
@@ -127,6 +160,8 @@ class Incarnation:
             case Stats():
                 self.stats = event
                 self.jobs.on_change()
+            case Blocks() if self._teller is not None:
+                self._teller.on_blocks(event)
             case Pinned() if self._giver is not None:
                 self._giver.on_pinned(event)
             case Imported() if self._taker is not None:
@@ -193,7 +228,11 @@ class Incarnation:
     # ---- leaving ----
 
     async def stop_pulling(self) -> None:
-        await self._pulling.close()
+        if self._relief is not None:
+            await self._relief.close()
+            self._relief = None
+        for pulling in self._pullings:
+            await pulling.close()
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new and let what is here end by itself, for a while."""
@@ -203,11 +242,13 @@ class Incarnation:
 
     async def leave(self, blame: Blame = "") -> None:
         """Hand back what is still ours, and retire. What others took stays theirs. `blame`: what happened to the engine, if it ended."""
-        await self._pulling.close()
+        await self.stop_pulling()
+        if self._teller is not None:
+            await self._teller.close()
         if self._taker is not None:
             self._taker.abandon()
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._pulling.settle(), SETTLE_S)
+            await asyncio.wait_for(asyncio.gather(*(pulling.settle() for pulling in self._pullings)), SETTLE_S)
         await end(self._tasks)
         await self._cancels.close()
         if self._giver is not None:

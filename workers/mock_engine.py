@@ -15,6 +15,7 @@ from pathlib import Path
 from coordinator.errors import ConfigError, InvalidField, PagesExhausted
 from coordinator.messages import KVLayout, pack_ids
 from coordinator.tokenizer import read_json
+from workers.block_journal import BlockJournal
 from workers.engine_messages import (
     Activate,
     AddSequence,
@@ -31,6 +32,7 @@ from workers.engine_messages import (
     ReleasePin,
     Shutdown,
     Stats,
+    TellBlocks,
     Tokens,
 )
 from workers.mock_costs import MockCosts
@@ -54,10 +56,12 @@ class MockEngine:
         self._deliver = deliver
         self.ready = ready = _ready(settings, eos_ids)
         self._limits = Limits(vocab_size=ready.vocab_size, max_seq_len=ready.max_seq_len, prefill_only=settings.role == "prefill")
+        self._journal = BlockJournal() if settings.report_blocks else None
         self.scheduler = Scheduler(SchedulerSettings(
             role=settings.role,  # type: ignore[arg-type]
             num_pages=ready.pool.num_pages, page_size=ready.layout.page_size, chunk_size=ready.chunk_size, max_num_seqs=ready.max_num_seqs,
-            max_batch_tokens=ready.chunk_size + ready.max_num_seqs, eos_ids=frozenset(eos_ids), prefix_cache=settings.use_prefix_cache))
+            max_batch_tokens=ready.chunk_size + ready.max_num_seqs, eos_ids=frozenset(eos_ids), prefix_cache=settings.use_prefix_cache),
+            self._journal)
         self._inbox: deque[Command] = deque()
         self._wake = asyncio.Event()
         self._last_stats: Stats | None = None
@@ -115,6 +119,9 @@ class MockEngine:
                 self._are_stats_due |= scheduler.cancel(command.job_id)
             case ReleasePin():
                 self._are_stats_due |= scheduler.release_pin(command.job_id)
+            case TellBlocks():
+                if self._journal is not None:
+                    self._journal.want_all()
             case Ping():
                 self._deliver(Pong())
             case Shutdown():
@@ -148,6 +155,8 @@ class MockEngine:
         stats = self.scheduler.stats()
         if self._are_stats_due or stats != self._last_stats:
             self._deliver(stats)
+        if self._journal is not None and (blocks := self._journal.take()) is not None:
+            self._deliver(blocks)
         self._stats_sent_at, self._are_stats_due, self._last_stats = now, False, stats
 
 

@@ -49,6 +49,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--running_max_req_size", type=int, default=0, help="sequences of one worker (default: 64)")
     add("--chunked_prefill_size", type=int, default=0, help="tokens of one prefill step (default: 2048)")
     add("--disable_dynamic_prompt_cache", action="store_true")
+    add("--prefix_affinity", choices=["on", "off"], default="off")
+    add("--disagg_min_tokens", type=int, default=0, help="above 0: decode workers prefill short prompts that producers send them")
     add("--no_watcher", action="store_true", help="leave the leases of others to coordinators")
     add("--lease_s", type=float, default=5.0)
     add("--drain_timeout", type=float, default=30.0)
@@ -68,11 +70,13 @@ def _settings(flags: argparse.Namespace) -> list[WorkerSettings]:
     name = flags.name or f"mock-{os.getpid()}"
     return [WorkerSettings(
         nats_url=flags.nats_url, redis_url=flags.redis_url, worker_id=f"{name}-{index}", drain_timeout_s=flags.drain_timeout,
-        lease_s=flags.lease_s, engine=EngineSettings(
+        lease_s=flags.lease_s, prefix_affinity=flags.prefix_affinity == "on", serves_local=flags.disagg_min_tokens > 0,
+        engine=EngineSettings(
             model_dir=flags.model_dir, model_name=flags.model_name, role=role, engine="mock", mock_costs=flags.mock_costs,
             page_size=flags.page_size, max_total_token_num=flags.max_total_token_num, max_req_total_len=flags.max_req_total_len,
             running_max_req_size=flags.running_max_req_size, chunked_prefill_size=flags.chunked_prefill_size,
-            use_prefix_cache=not flags.disable_dynamic_prompt_cache)) for index, role in enumerate(roles)]
+            use_prefix_cache=not flags.disable_dynamic_prompt_cache, report_blocks=flags.prefix_affinity == "on"))
+        for index, role in enumerate(roles)]
 
 
 async def run(flags: argparse.Namespace) -> None:

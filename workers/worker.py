@@ -155,6 +155,8 @@ def _parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
     add("--worker_id", default="")
     add("--engine", choices=["model", "mock"], default="model")
     add("--mock_costs", default="")
+    add("--prefix_affinity", choices=["on", "off"], default="off")
+    add("--disagg_min_tokens", type=int, default=0)
     add("--device", default="auto")
     add("--data_type", default="auto")
     add("--page_size", type=int, default=0)
@@ -182,12 +184,14 @@ def _parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
         dtype=dtypes.get(flags.data_type, flags.data_type), page_size=flags.page_size, max_total_token_num=flags.max_total_token_num,
         mem_fraction=flags.mem_fraction, max_req_total_len=flags.max_req_total_len, running_max_req_size=flags.running_max_req_size,
         chunked_prefill_size=flags.chunked_prefill_size, load_workers=flags.load_workers, num_threads=flags.num_threads,
-        use_prefix_cache=not flags.disable_dynamic_prompt_cache, graph_max_batch_size=flags.graph_max_batch_size,
+        use_prefix_cache=not flags.disable_dynamic_prompt_cache, report_blocks=flags.prefix_affinity == "on",
+        graph_max_batch_size=flags.graph_max_batch_size,
         use_cuda_graphs=not flags.disable_cudagraph, use_fa3=flags.enable_fa3)
     worker_id = flags.worker_id or f"{flags.role}-{os.getpid()}"
     return WorkerSettings(nats_url=flags.nats_url, redis_url=flags.redis_url, worker_id=worker_id, engine=engine,
                           drain_timeout_s=flags.drain_timeout, max_queued=flags.max_queued, lease_s=flags.lease_s,
-                          engine_stall_s=flags.engine_stall_s), flags.log_level
+                          engine_stall_s=flags.engine_stall_s, prefix_affinity=flags.prefix_affinity == "on",
+                          serves_local=flags.disagg_min_tokens > 0), flags.log_level
 
 
 async def _run(settings: WorkerSettings) -> int:
