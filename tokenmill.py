@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "jobs": ("coordinator.jobs_cli", "what became of a job; stop one"),
     "dlq": ("coordinator.dlq_cli", "dead letters: list, show, replay, drop"),
     "keys": ("producers.keys_cli", "API keys of the REST door: create, list, revoke"),
+    "mock-fleet": ("workers.mock_fleet", "many workers without a model in one process, for tests of the control plane"),
     "model": ("workers.model_cli", "fetch the demo model, write random checkpoints, show one"),
 }
 
@@ -28,7 +29,7 @@ commands
 def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help", "help"):
-        print(USAGE + "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()))
+        print(USAGE + "\n".join(f"  {name:<11} {text}" for name, (_, text) in COMMANDS.items()))
         return 0
     if args[0] not in COMMANDS:
         print(f"tokenmill: no command {args[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)

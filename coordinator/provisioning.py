@@ -69,6 +69,20 @@ def consumers(model: str) -> list[ConsumerSettings]:
     return [*jobs, *handoff]
 
 
+def lane_consumers(model: str, lane: str) -> list[ConsumerSettings]:
+    """The consumers of a lane that not every worker serves."""
+    return [ConsumerSettings(stream=subjects.JOBS, name=subjects.jobs_consumer(model, klass, lane),
+                             filter_subject=subjects.jobs(model, klass, lane)) for klass in CLASSES]
+
+
+async def ensure_lane(connection: JetStream, model: str, lane: str) -> None:
+    """Consumers of a worker's own lane, or of `local`. Raises ConfigError, InvalidField, Unavailable."""
+    check_id("lane", lane)
+    for consumer in lane_consumers(model, lane):
+        await connection.retry(lambda attempt_s, c=consumer: _ensure_consumer(connection, c, attempt_s),  # type: ignore[misc]
+                               PROVISION_DEADLINE_S, f"provisioning of consumer {consumer.name}")
+
+
 async def provision(connection: JetStream, model: str, max_queued: int | None) -> bool:
     """True if this call created the JOBS stream. Raises ConfigError, InvalidField (model), Unavailable."""
     check_id("model", model)

@@ -172,8 +172,9 @@ def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, desk
             "--host", flags.config_server_host, "--port", str(port), "--record", str(queue.record_path), "--tls_cert", flags.tls_cert,
             "--tls_key", flags.tls_key, "--log_level", flags.log_level, *planner], environment))
         return children
-    common = ["--model_dir", flags.model_dir, "--model_name", flags.model_name,
-              "--max_req_total_len", str(flags.max_req_total_len), "--max_queued", str(flags.max_queued), "--log_level", flags.log_level]
+    common = ["--model_dir", flags.model_dir, "--model_name", flags.model_name, "--max_req_total_len", str(flags.max_req_total_len),
+              "--max_queued", str(flags.max_queued), "--prefix_affinity", flags.prefix_affinity, "--disagg_min_tokens",
+              str(flags.disagg_min_tokens), "--log_level", flags.log_level]
     if port:
         children.append(Child("REST shim", "producers.rest", [
             *common, "--host", flags.host, "--port", str(port), "--max_body_bytes", str(flags.max_body_bytes),
@@ -192,7 +193,7 @@ def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, desk
 def _worker_args(flags: argparse.Namespace, role: str) -> list[str]:
     args = ["--role", role, "--drain_timeout", str(flags.drain_timeout), "--load_workers", str(flags.load_workers)]
     for name in ("device", "data_type", "max_total_token_num", "mem_fraction", "running_max_req_size", "chunked_prefill_size", "page_size",
-                 "num_threads", "graph_max_batch_size", "engine_stall_s", "worker_id", "kv_transfer", "kv_host"):
+                 "num_threads", "graph_max_batch_size", "engine_stall_s", "worker_id", "kv_transfer", "kv_host", "engine", "mock_costs"):
         if (value := getattr(flags, name)) != "":
             args += [f"--{name}", str(value)]
     return args + [f"--{name}" for name in ("disable_dynamic_prompt_cache", "disable_cudagraph", "enable_fa3") if getattr(flags, name)]

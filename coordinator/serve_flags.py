@@ -72,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--cors_origins", default="", help="origins whose web pages may ask here, separated by commas, or * (default: none)")
 
     add = parser.add_argument_group("engine").add_argument
+    add("--engine", choices=["model", "mock"], default="model",
+        help="mock: no model and no weights, made-up tokens in the time that --mock_costs say; for tests and simulations of farms")
+    add("--mock_costs", default="", help="of the mock engine: prefill=TOKENS_PER_S,step_ms=…,seq_ms=…,copy_ms=… (default: 20000, 8, 0.05, "
+        "0.02)")
     add("--device", default="auto", help="where the math runs: cpu, cuda, cuda:N, or auto: a GPU if there is one (default: %(default)s)")
     add("--data_type", default="auto", choices=["auto", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16"],
         help="of weights and KV cache (default: float32 on CPU, the checkpoint's own on GPU)")
@@ -87,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--disable_dynamic_prompt_cache", action="store_true", help="no prefix cache")
     add("--graph_max_batch_size", type=int, default=256, help="sequences up to which a decode step is a CUDA graph (default: %(default)s)")
     add("--disable_cudagraph", action="store_true", help="decode without CUDA graphs (there are none on CPU)")
+    add("--prefix_affinity", choices=["on", "off"], default="off",
+        help="on, given to every process of the farm: prompts go to workers that have their beginning cached, where that pays "
+             "(default: %(default)s)")
+    add("--disagg_min_tokens", type=int, default=0,
+        help="prefill and decode apart: prompts with fewer tokens to compute are prefilled by decode workers (default: none)")
     add("--tp", type=int, default=1, help="ranks over all nodes, one process and one GPU each (default: %(default)s)")
     add("--dp", type=int, default=1, help="groups among them that take jobs and hold KV each for itself (default: %(default)s)")
     add("--enable_fa3", action="store_true", help="attention by the package flash_attn_interface on a Hopper GPU (not in this version: its "
@@ -172,6 +181,12 @@ def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[st
     for name, is_given in refusals.items():
         if is_given:
             raise ConfigError(f"{name}: this version does not have it; nothing was started")
+    if flags.mock_costs and flags.engine != "mock":
+        raise ConfigError("--mock_costs says how long steps of --engine mock take: there is no mock engine here")
+    if flags.disagg_min_tokens < 0:
+        raise ConfigError(f"--disagg_min_tokens {flags.disagg_min_tokens}: must be a number of tokens, 0 for none")
+    if flags.prefix_affinity == "on" and flags.disable_dynamic_prompt_cache:
+        raise ConfigError("--prefix_affinity on: there is no prefix cache with --disable_dynamic_prompt_cache")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", flags.device):
         raise ConfigError(f"--device {flags.device}: must be auto, cpu, cuda or cuda:N")
     if flags.engine_stall_s < 0:

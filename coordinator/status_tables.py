@@ -29,7 +29,9 @@ def _workers(report: dict[str, Any]) -> Table:
     for row in report["workers"]:
         stats = row["stats"]
         pages = "/".join(str(stats.get(f"{name}_pages", 0)) for name in ("held", "cached", "free"))
-        role = row["role"] if row["state"] == "serving" else f"{row['role']} ({row['state']})"
+        marks = [f"{row['engine'].upper()} engine"] if row["engine"] != "model" else []
+        marks += [row["state"]] if row["state"] != "serving" else []
+        role = f"{row['role']} ({', '.join(marks)})" if marks else row["role"]
         lease = f"{row['lease_left_s']:.1f} s" if row["alive"] else "lapsed"
         sequences = (str(stats.get(name, 0)) for name in ("running", "waiting", "pinned"))
         table.add_row(row["worker"], role, lease, str(row["claims"]), *sequences, pages, str(row["finished"]))

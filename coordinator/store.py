@@ -15,7 +15,7 @@ share one hash tag, so that they live in one slot of a cluster. Time is the serv
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -338,6 +338,14 @@ class Store:
         except REDIS_FAILURES as error:
             raise Unavailable(f"Redis at {self.url}: {error}") from None
         return {_text(k): _text(v) for k, v in record.items()}
+
+    async def hash_fields(self, name: str, fields: Sequence[bytes]) -> list[bytes | None]:
+        """Some fields of a record by the name of its key."""
+        try:
+            found: list[bytes | None] = await self._redis.hmget(self._key(name), list(fields))
+        except REDIS_FAILURES as error:
+            raise Unavailable(f"Redis at {self.url}: {error}") from None
+        return found
 
     async def script(self, name: str, key_names: list[str], *args: Any) -> Any:
         """Run one of the scripts for the modules beside this one (batch_store.py)."""

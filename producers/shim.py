@@ -15,6 +15,7 @@ from coordinator.errors import Unavailable
 from coordinator.members import Membership
 from coordinator.planner import Objectives
 from coordinator.planning import Planning
+from coordinator.routing import RoutingPolicy
 from coordinator.store import AdmissionLimits, WorkerView
 from coordinator.tokenizer import Tokenizer
 from coordinator.watcher import Watcher
@@ -58,7 +59,9 @@ class Shim:
         admission = Admission(tokenizer=tokenizer, defaults=defaults, max_req_total_len=limit)
         client = await TokenmillClient.connect(settings.nats_url, settings.redis_url, model=settings.model_name,
                                                max_queued=settings.max_queued, submit_timeout_s=settings.submit_timeout_s,
-                                               on_fatal=on_fatal, limits_of=limits_of, limits=AdmissionLimits(
+                                               on_fatal=on_fatal, limits_of=limits_of, routing=RoutingPolicy(
+                                                   prefix_affinity=settings.prefix_affinity == "on",
+                                                   disagg_min_tokens=settings.disagg_min_tokens), limits=AdmissionLimits(
                                                    max_class_tokens=settings.max_queued_tokens, max_tenant_jobs=settings.max_tenant_jobs,
                                                    max_tenant_tokens=settings.max_tenant_tokens))
         shim = cls(settings, admission, client, metrics)

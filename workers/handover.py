@@ -36,7 +36,7 @@ from coordinator.store import LeaseLapsed, Store, owner_name
 from coordinator.tasks import end
 from coordinator.tokenizer import Tokenizer
 from workers.active_job import ActiveJob, Phase, open_job
-from workers.engine_link import EngineLink
+from workers.engine_link import EngineCommands
 from workers.engine_messages import Activate, Failed, Imported, ImportSequence, Pinned, PoolAddress, ReleasePin
 from workers.jobs import Identity, Jobs
 from workers.transfer.reach import AUTO, ways_to
@@ -52,7 +52,7 @@ RETRY_DELAY_S = 0.5
 class Giver:
     """The prefill side."""
 
-    def __init__(self, me: Identity, pool: PoolAddress, bus: Bus, store: Store, engine: EngineLink, jobs: Jobs) -> None:
+    def __init__(self, me: Identity, pool: PoolAddress, bus: Bus, store: Store, engine: EngineCommands, jobs: Jobs) -> None:
         self._me = me
         self._pool = pool
         self._bus = bus
@@ -181,7 +181,7 @@ class Giver:
 class Taker:
     """The decode side."""
 
-    def __init__(self, me: Identity, tokenizer: Tokenizer, bus: Bus, store: Store, engine: EngineLink, jobs: Jobs,
+    def __init__(self, me: Identity, tokenizer: Tokenizer, bus: Bus, store: Store, engine: EngineCommands, jobs: Jobs,
                  is_cancelled: Callable[[str], bool], kv_transfer: str = AUTO) -> None:
         self._me = me
         self._kv_transfer = kv_transfer

@@ -27,7 +27,7 @@ from workers.batch import ForwardBatch
 from workers.engine_messages import Failed, Imported, Pinned, Prefilled, Stats, TokenRow, Tokens
 from workers.guided import Guide
 from workers.page_pool import PagePool
-from workers.radix_cache import RadixCache
+from workers.radix_cache import Journal, RadixCache
 from workers.sequence import ImportSource, Sequence, State, num_pages_for
 
 Role = Literal["prefill", "decode", "both"]
@@ -101,10 +101,10 @@ class Scheduler:
     With depth 2 a step is completed after the next one was launched, or before the next is scheduled, as it comes.
     """
 
-    def __init__(self, settings: SchedulerSettings) -> None:
+    def __init__(self, settings: SchedulerSettings, journal: Journal | None = None) -> None:
         self.settings = settings
         self.pool = PagePool(settings.num_pages)
-        self.cache = RadixCache(self.pool, settings.page_size, enabled=settings.prefix_cache)
+        self.cache = RadixCache(self.pool, settings.page_size, enabled=settings.prefix_cache, journal=journal)
         self._sequences: dict[str, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
         self._active: list[Sequence] = []    # RUNNING, IMPORTING and IMPORTED, oldest first

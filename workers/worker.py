@@ -28,11 +28,14 @@ from workers.engine_link import SHUTDOWN_GRACE_S, EngineLink
 from workers.engine_messages import Event, Progress, Ready, SetRole, Stats
 from workers.incarnation import Incarnation
 from workers.load_progress import LoadProgress
+from workers.mock_link import MockLink
 from workers.order_book import OrderBook
 from workers.settings import EngineSettings, WorkerSettings
 from workers.transfer.reach import MODES
 
 log = logging.getLogger(__name__)
+
+Engine = EngineLink | MockLink
 
 RETRY_S = 1.0
 CONFIG_STATUS = 2   # starting again would not help
@@ -70,7 +73,7 @@ class Worker:
 
     async def run(self) -> int:
         settings = self._settings
-        engine = await EngineLink.start(settings.engine)
+        engine: Engine = await (MockLink if settings.engine.engine == "mock" else EngineLink).start(settings.engine)
         tasks: list[asyncio.Task[None]] = []
         try:
             events = engine.events()
@@ -98,7 +101,7 @@ class Worker:
             return self._status
         return status or (DRAINED_STATUS if self._orders.is_leaving and not self._stopping.is_set() else 0)
 
-    def _under_orders(self, engine: EngineLink) -> WorkerSettings:
+    def _under_orders(self, engine: Engine) -> WorkerSettings:
         """The settings of the next life: a role that was ordered goes to the engine too, which keeps its weights and its prefix cache."""
         self._orders.came.clear()
         if self._orders.role != self._role:
@@ -113,7 +116,7 @@ class Worker:
         are_together = ranks.moe_mode == "EP" and ranks.dp > 1
         return SHUTDOWN_GRACE_S + (self._settings.drain_timeout_s if are_together and not self._failure else 0.0)
 
-    async def _load(self, engine: EngineLink, events: AsyncIterator[Event]) -> Ready:
+    async def _load(self, engine: Engine, events: AsyncIterator[Event]) -> Ready:
         with LoadProgress(self._settings.engine.model_dir) as bar:
             async for event in events:
                 if isinstance(event, Progress):
@@ -146,7 +149,8 @@ class Worker:
             await asyncio.sleep(RETRY_S)
             return
         self._incarnation = life
-        print(f"{life.me.role} worker {life.me.owner} ready: {self._settings.engine.model_name}, {ready.max_total_tokens} KV tokens",
+        kind = "MOCK engine, " if ready.device == "mock" else ""
+        print(f"{life.me.role} worker {life.me.owner} ready: {kind}{self._settings.engine.model_name}, {ready.max_total_tokens} KV tokens",
               file=sys.stderr, flush=True)
         endings = [asyncio.create_task(event.wait()) for event in (self._stopping, life.over, self._orders.came)]
         await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
@@ -157,7 +161,7 @@ class Worker:
             await life.drain(self._settings.drain_timeout_s)
         await life.leave(self._blame)
 
-    async def _pump(self, engine: EngineLink, events: AsyncIterator[Event]) -> None:
+    async def _pump(self, engine: Engine, events: AsyncIterator[Event]) -> None:
         async for event in events:
             if isinstance(event, Stats):
                 self._stats = event
@@ -170,7 +174,7 @@ class Worker:
             was_killed = status in (-signal.SIGKILL, -signal.SIGTERM)
             self._fail(f"the engine process ended with status {status}", "death" if was_killed else "crash")
 
-    async def _watch(self, engine: EngineLink, ready: Ready) -> None:
+    async def _watch(self, engine: Engine, ready: Ready) -> None:
         """An engine that hangs is ended, and is as good as one that crashed: its jobs go back into the queue, each of them a suspect."""
         limit_s = self._settings.engine_stall_s or (CPU_STALL_S if ready.device == "cpu" else GPU_STALL_S)
         await engine.silence(limit_s)
@@ -193,6 +197,10 @@ def parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
     add("--model_dir", required=True)
     add("--model_name", default="default_model_name")
     add("--worker_id", default="")
+    add("--engine", choices=["model", "mock"], default="model")
+    add("--mock_costs", default="")
+    add("--prefix_affinity", choices=["on", "off"], default="off")
+    add("--disagg_min_tokens", type=int, default=0)
     add("--device", default="auto")
     add("--data_type", default="auto")
     add("--page_size", type=int, default=0)
@@ -218,17 +226,19 @@ def parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
     flags = parser.parse_args(argv)
     dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     engine = EngineSettings(
-        model_dir=flags.model_dir, model_name=flags.model_name, role=flags.role, device=flags.device,
+        model_dir=flags.model_dir, model_name=flags.model_name, role=flags.role, device=flags.device, engine=flags.engine,
+        mock_costs=flags.mock_costs,
         dtype=dtypes.get(flags.data_type, flags.data_type), page_size=flags.page_size, max_total_token_num=flags.max_total_token_num,
         mem_fraction=flags.mem_fraction, max_req_total_len=flags.max_req_total_len, running_max_req_size=flags.running_max_req_size,
         chunked_prefill_size=flags.chunked_prefill_size, load_workers=flags.load_workers, num_threads=flags.num_threads,
-        use_prefix_cache=not flags.disable_dynamic_prompt_cache, graph_max_batch_size=flags.graph_max_batch_size,
-        use_cuda_graphs=not flags.disable_cudagraph, use_fa3=flags.enable_fa3,
+        use_prefix_cache=not flags.disable_dynamic_prompt_cache, report_blocks=flags.prefix_affinity == "on",
+        graph_max_batch_size=flags.graph_max_batch_size, use_cuda_graphs=not flags.disable_cudagraph, use_fa3=flags.enable_fa3,
         kv_transfer=flags.kv_transfer, kv_host=flags.kv_host or _host_towards(flags.nats_url), ranks=rank_flags.settings(flags))
     worker_id = flags.worker_id or f"{flags.role}-{os.getpid()}"
     return WorkerSettings(nats_url=flags.nats_url, redis_url=flags.redis_url, worker_id=worker_id, engine=engine,
                           drain_timeout_s=flags.drain_timeout, max_queued=flags.max_queued, lease_s=flags.lease_s,
-                          engine_stall_s=flags.engine_stall_s), flags.log_level
+                          engine_stall_s=flags.engine_stall_s, prefix_affinity=flags.prefix_affinity == "on",
+                          serves_local=flags.disagg_min_tokens > 0), flags.log_level
 
 
 def _host_towards(url: str) -> str:
