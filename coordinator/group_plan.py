@@ -18,7 +18,7 @@ DEFAULT_PORT = 28765
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupPlan:
-    """Raises ConfigError, naming the flag, for numbers that do not go together."""
+    """Raises ConfigError, naming the flag, for numbers that do not go together. On one rank all experts are here in either MoE mode."""
 
     tp: int = 1
     dp: int = 1
@@ -39,8 +39,6 @@ class GroupPlan:
                               "--nnodes must divide it")
         if not 0 <= self.node_rank < self.nnodes:
             raise ConfigError(f"--node_rank {self.node_rank}: with --nnodes {self.nnodes} it must be from 0 to {self.nnodes - 1}")
-        if self.moe_mode == "EP" and self.tp == 1:
-            raise ConfigError("MOE_MODE=EP spreads experts over ranks, and --tp 1 is one rank: raise --tp or unset MOE_MODE")
 
     @property
     def is_one_rank(self) -> bool:

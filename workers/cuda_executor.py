@@ -132,6 +132,10 @@ class CudaExecutor:
             is_done.record()
         return CudaFlight(ids[: len(sampled)], logprobs[: len(sampled)], is_done)
 
+    def follow(self, batch: ForwardBatch) -> None:
+        """The step that the rank that draws has launched: nothing is sampled here, the drawn tokens are taken over."""
+        self.launch(batch, [])
+
     @torch.inference_mode()
     def follow(self, batch: ForwardBatch) -> None:
         self._forward(batch)
@@ -147,6 +151,7 @@ class CudaExecutor:
         if not self._graph_sizes:
             self._forward(_one_decode())
         self._sampler.warm_up()
+        self.balancer.start()
         self._synchronize()
 
     def _warm_prefill(self, length: int) -> None:

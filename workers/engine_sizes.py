@@ -52,7 +52,7 @@ def resolve(settings: EngineSettings) -> EngineSettings:
         raise ConfigError(f"--enable_fa3: {_why_no_fa3(name)}")
     if settings.use_fa3:   # a wish for whatever device is found, as LightLLM's guide writes it everywhere: said, and not a reason to stop
         print(f"--enable_fa3 changes nothing here: {_why_no_fa3(name)}", file=sys.stderr, flush=True)
-    return replace(settings, device=name, depth=settings.depth or (1 if name == "cpu" else 2))
+    return replace(settings, device=name, depth=settings.depth or (1 if name == "cpu" else 2), use_fa3=False)
 
 
 def _gpu_of_rank(name: str, ranks: RankSettings) -> str:

@@ -89,6 +89,7 @@ class ModelRunner:
         self.forward(ForwardBatch([0] * length, slots, slots, [length], [length], [[0]], [length - 1],
                                   agreed=Agreed(length, is_decode=False)))
         self.forward(ForwardBatch([0], slots[-1:], slots[-1:], [1], [length], [[0]], [0], agreed=Agreed(1, is_decode=True)))
+        self.balancer.start()
 
     def _step(self, batch: ForwardBatch, capacity: int) -> Step:
         num_tokens = len(batch.token_ids)

@@ -28,6 +28,7 @@ class ParallelSizes:
     rebalance_steps: int = 0       # steps after which experts move to where the load asks for; 0: never
     prefill_overlap: bool = False  # two half batches in steps with prompts: one computes while the other's tokens travel
     decode_overlap: bool = False   # the same in steps of decodes alone
+    one_shot_bytes: int = 0        # sums of up to so many bytes by reading the other ranks' memory; 0: always by the library
 
     @property
     def attn_tp(self) -> int:
@@ -76,6 +77,9 @@ class ParallelSizes:
             raise ConfigError(f"MOE_MODE must be one of {', '.join(MOE_MODES)}, got {self.moe_mode!r}")
         if self.exchange not in EXCHANGES:
             raise ConfigError(f"--ep_exchange must be one of {', '.join(EXCHANGES)}, got {self.exchange!r}")
+        if self.one_shot_bytes < 0 or (self.one_shot_bytes and self.attn_tp == 1):
+            raise ConfigError(f"--one_shot_all_reduce_bytes {self.one_shot_bytes}: it must not be negative, and a dp group of one rank "
+                              "has no sums over ranks")
         self._check_heads(config)
         if self.is_ep:
             self._check_ep(config)

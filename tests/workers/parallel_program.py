@@ -68,6 +68,9 @@ def serve(runner: ModelRunner, dp_rank: int, agree: Any) -> list[list[int]]:
         pages = list(range(1 + i * PAGES_EACH, 1 + (i + 1) * PAGES_EACH))
         random.Random(i).shuffle(pages)
         seqs.append(Seq(list(token_ids), pages, starts_at=3 * i))
+    if len(seqs) > 2:  # a prefix hit: its first pages are those that another sequence has filled
+        shared = 2 * PAGE_SIZE
+        seqs[2].token_ids[:shared], seqs[2].pages[:2], seqs[2].num_computed = seqs[1].token_ids[:shared], seqs[1].pages[:2], shared
     for step in range(NUM_STEPS):
         running = [seq for seq in seqs if seq.starts_at <= step and len(seq.output) < NEW_TOKENS]
         batch, sampled = make_batch(running)

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from coordinator.errors import ConfigError
 from kernels.block_fp8 import BlockFp8
 from kernels.ops import PLAIN
 from workers.cut import Cut
 from workers.loader import Checkpoint
+from workers.model.mlp import GatedMlp
 from workers.model_config import ModelConfig
 from workers.model_runner import BUILDERS
 from workers.parallel import Parallel, ParallelSizes, RankGroup
@@ -87,6 +88,24 @@ def test_fp8_that_stays_fp8_is_cut_between_blocks_or_refused(tmp_path: Path) -> 
     assert torch.equal(part.dequantized(torch.float32), whole.dequantized(torch.float32)[:, 256:])
     with pytest.raises(ConfigError, match=r"down_proj.*not made of whole FP8 blocks of 128"):
         weights.linear([name], [256, 64], cuts=[Cut(1, 64, 512)])
+
+
+def test_parts_of_a_product_add_up_and_its_bias_counts_once(tmp_path: Path) -> None:
+    path = write_random_model(tmp_path, "llama")
+    generator = torch.Generator().manual_seed(0)
+    names = {"gate_proj": (96, 64), "up_proj": (96, 64), "down_proj": (64, 96)}
+    tensors = {f"mlp.{name}.weight": torch.randn(shape, generator=generator) for name, shape in names.items()}
+    tensors |= {f"mlp.{name}.bias": torch.randn(shape[:1], generator=generator) for name, shape in names.items()}
+    save_file(tensors, path / "model.safetensors")
+    x = torch.randn(5, 64, generator=generator)
+
+    def part(rank: int, size: int) -> torch.Tensor:
+        weights = Checkpoint(path, ModelConfig.from_dir(path), torch.float32, CPU)
+        mlp = GatedMlp(weights, "mlp", PLAIN, 64, 96, RankGroup(rank, size), has_bias=True)
+        weights.finish()
+        return mlp.part(x)
+
+    torch.testing.assert_close(sum(part(rank, 4) for rank in range(4)), part(0, 1), atol=1e-4, rtol=1e-5)
 
 
 def test_deepep_is_refused_where_it_is_not_installed(tmp_path: Path) -> None:

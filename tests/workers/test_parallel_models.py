@@ -28,7 +28,10 @@ def load(name: str) -> Any:
 
 
 MODELS: dict[str, dict[str, Any]] = {
-    "llama": {"like": "llama"}, "qwen2": {"like": "qwen2"}, "v2-lite": {"like": "deepseek-v2-lite"}, "v3": {"like": "deepseek-v3"},
+    "llama": {"like": "llama"},
+    "qwen2": {"like": "qwen2", "overrides": Overrides(tied=True, vocab=514)},  # the last rank's rows of the vocabulary end in padding
+    "v2-lite": {"like": "deepseek-v2-lite"},
+    "v3": {"like": "deepseek-v3"},
     "v3-fp8": {"like": "deepseek-v3", "fp8": True},
 }
 EP: dict[str, Any] = {"tp": 4, "dp": 4, "moe_mode": "EP"}
