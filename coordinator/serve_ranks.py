@@ -17,15 +17,15 @@ from coordinator.errors import ConfigError
 from coordinator.group_plan import DEFAULT_PORT, TOKEN_VARIABLE, GroupPlan
 from coordinator.queue_record import QueueUrls
 
-FLAGS = ("ep_exchange", "ep_redundant_experts", "ep_rebalance_steps")
+FLAGS = ("ep_exchange", "ep_redundant_experts", "ep_rebalance_steps", "one_shot_all_reduce_bytes")
 SWITCHES = ("enable_prefill_microbatch_overlap", "enable_decode_microbatch_overlap")
 
 
 def plan_of(flags: argparse.Namespace) -> GroupPlan:
     """Raises ConfigError for flags that do not go together."""
     plan = GroupPlan(tp=flags.tp, dp=flags.dp, moe_mode=flags.moe_mode, nnodes=flags.nnodes, node_rank=flags.node_rank)
-    if flags.run_mode not in ("normal", "prefill", "decode") and plan != GroupPlan():
-        raise ConfigError(f"--run_mode {flags.run_mode} computes nothing: --tp, --dp, --nnodes and MOE_MODE belong to its workers")
+    if flags.run_mode not in ("normal", "prefill", "decode") and (plan.tp, plan.nnodes) != (1, 1):
+        raise ConfigError(f"--run_mode {flags.run_mode} computes nothing: --tp, --dp and --nnodes belong to its workers")
     for name in SWITCHES:
         if getattr(flags, name) and plan.is_one_rank:
             raise ConfigError(f"--{name}: one rank exchanges no tokens with anybody: there is nothing to overlap (--tp, MOE_MODE=EP)")
