@@ -17,7 +17,7 @@ from coordinator.errors import ConfigError
 from coordinator.group_plan import DEFAULT_PORT, TOKEN_VARIABLE, GroupPlan
 from coordinator.queue_record import QueueUrls
 
-FLAGS = ("ep_exchange", "ep_redundant_experts", "ep_rebalance_steps")
+FLAGS = ("ep_exchange", "ep_redundant_experts", "ep_rebalance_steps", "one_shot_all_reduce_bytes")
 SWITCHES = ("enable_prefill_microbatch_overlap", "enable_decode_microbatch_overlap")
 
 

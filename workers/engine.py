@@ -323,13 +323,14 @@ def ways_to_pool(settings: EngineSettings, pool: KVCache, desk: Desk | None, *, 
 def load_executor(settings: EngineSettings, config: ModelConfig, sizes: EngineSizes, progress: Callable[[int, int], None],
                   group: Group | None) -> Executor:
     """For `resolve`d settings; `group`: this rank's share of the model."""
+    parallel = group.parallel if group is not None else Parallel.single()
     if settings.device != "cpu":
         from workers.cuda_executor import CudaExecutor  # Triton and its kernels: only where there is a GPU
 
-        return CudaExecutor.create(settings, config, sizes, progress)
+        return CudaExecutor.create(settings, config, sizes, progress, parallel)
     threads = CpuThreads(settings.num_threads, settings.ranks.num_local)
     runner = ModelRunner(Path(settings.model_dir), settings.device, sizes.dtype, sizes.num_pages, sizes.page_size, settings.load_workers,
-                         progress, group.parallel if group is not None else Parallel.single())
+                         progress, parallel)
     return EagerExecutor(runner, Sampler(sorted(eos for eos in config.eos_ids if eos < config.vocab_size)), settings.depth, threads)
 
 

@@ -49,6 +49,7 @@ SIOCGIFADDR = 0x8915
 def sizes_of(ranks: RankSettings) -> ParallelSizes:
     return ParallelSizes(tp=ranks.tp, dp=ranks.dp, moe_mode=ranks.moe_mode, exchange=ranks.ep_exchange,
                          redundant_experts=ranks.ep_redundant_experts, rebalance_steps=ranks.ep_rebalance_steps,
+                         one_shot_bytes=ranks.one_shot_all_reduce_bytes,
                          prefill_overlap=ranks.prefill_overlap, decode_overlap=ranks.decode_overlap)
 
 
@@ -69,7 +70,7 @@ class Group:
     """A formed group, as one of its ranks sees it."""
 
     def __init__(self, settings: RankSettings, sizes: ParallelSizes, rank: int, member: Member, formed: Formed, parallel: Parallel,
-                 listeners: dict[str, socket.socket], token: str) -> None:
+                 listeners: dict[str, socket.socket], token: str, device: torch.device) -> None:
         """`sizes` and `rank` are those within the group."""
         self.rank = rank
         self.sizes = sizes
@@ -79,6 +80,7 @@ class Group:
         self.hosts = tuple(endpoints.get("host", "") for endpoints in formed.endpoints)
         self.pids = tuple(int(endpoints.get("pid", "0")) for endpoints in formed.endpoints)
         self._settings = settings
+        self._device = device
         self._member = member
         self._formed = formed
         self._listeners = listeners
@@ -99,10 +101,7 @@ class Group:
 
     def smallest(self, value: int) -> int:
         """Of all ranks' values."""
-        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-        tensor = torch.tensor([value], dtype=torch.int64, device=device)
-        dist.all_reduce(tensor, dist.ReduceOp.MIN)
-        return int(tensor)
+        return self.parallel.world.least(value, self._device)
 
     # ---- a leader's ----
 
@@ -194,7 +193,7 @@ def joined(settings: EngineSettings, config: ModelConfig, engine: EngineSizes) -
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=sizes.tp,
                                 timeout=COLLECTIVE_TIMEOUT, device_id=device if device.type == "cuda" else None)
-        yield Group(ranks, sizes, rank, member, formed, Parallel.join(sizes), listeners, token)
+        yield Group(ranks, sizes, rank, member, formed, Parallel.join(sizes), listeners, token, device)
         member.leave(DONE)
     except ConfigError as error:
         member.leave(DONE, str(error))
@@ -224,7 +223,7 @@ def _facts(settings: EngineSettings, engine: EngineSizes) -> dict[str, str]:
             "--chunked_prefill_size": str(engine.chunk_size), "--graph_max_batch_size": str(settings.graph_max_batch_size),
             "--disable_cudagraph": str(not settings.use_cuda_graphs), "--dp": str(ranks.dp), "MOE_MODE": ranks.moe_mode,
             "--ep_exchange": ranks.ep_exchange, "--ep_redundant_experts": str(ranks.ep_redundant_experts),
-            "--ep_rebalance_steps": str(ranks.ep_rebalance_steps),
+            "--ep_rebalance_steps": str(ranks.ep_rebalance_steps), "--one_shot_all_reduce_bytes": str(ranks.one_shot_all_reduce_bytes),
             "--enable_prefill_microbatch_overlap": str(ranks.prefill_overlap),
             "--enable_decode_microbatch_overlap": str(ranks.decode_overlap)}
 

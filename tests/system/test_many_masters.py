@@ -32,7 +32,6 @@ class Fleet(Servings):
         self.config_port, self.second_config_port, *self.ports = free_ports(5)
         super().__init__(folder, {
             "TOKENMILL": f"{sys.executable} -m tokenmill", "MODEL_DIR": str(model_dir), "TP": "1", "DP": "1", "LOADWORKER": "2",
-            "MOE_MODE": "TP",
             "TOKENMILL_CLUSTER_TOKEN": TOKEN, "CONFIG_SERVER_PORT": str(self.config_port), "PD_MASTER_1_PORT": str(self.ports[0]),
             "PD_MASTER_2_PORT": str(self.ports[1])})
 
