@@ -15,7 +15,7 @@ from coordinator.desk import Desk
 from coordinator.errors import ConfigError
 from coordinator.group_plan import DEFAULT_PORT, TOKEN_VARIABLE, GroupPlan
 
-FLAGS = ("ep_exchange", "ep_redundant_experts", "ep_rebalance_steps")
+FLAGS = ("ep_exchange", "ep_redundant_experts", "ep_rebalance_steps", "one_shot_all_reduce_bytes")
 SWITCHES = ("enable_prefill_microbatch_overlap", "enable_decode_microbatch_overlap")
 
 
@@ -27,6 +27,9 @@ def plan_of(flags: argparse.Namespace) -> GroupPlan:
     for name in SWITCHES:
         if getattr(flags, name) and plan.is_one_rank:
             raise ConfigError(f"--{name}: one rank exchanges no tokens with anybody: there is nothing to overlap (--tp, MOE_MODE=EP)")
+    for name in FLAGS:
+        if plan.is_one_rank and getattr(flags, name) not in ("auto", 0):
+            raise ConfigError(f"--{name} {getattr(flags, name)}: there is one rank: it has all experts and nothing to sum up (--tp)")
     if plan.nnodes > 1 and not flags.cluster_token and not flags.insecure and not is_loopback(flags.nccl_host):
         raise ConfigError(f"--nccl_host {flags.nccl_host}: not a loopback address: set {ENV} to the same secret on all "
                           "nodes, or say --insecure")
