@@ -22,7 +22,7 @@ from workers.model import spread_moe
 from workers.model_runner import ModelRunner
 from workers.parallel import Parallel, ParallelSizes
 
-PAGE_SIZE, PAGES_EACH, NUM_STEPS, NEW_TOKENS, CHUNK = 8, 8, 19, 8, 9
+PAGE_SIZE, PAGES_EACH, NUM_STEPS, NEW_TOKENS, CHUNK = 8, 8, 15, 6, 9
 LENGTHS = {0: (1, 19, 30), 1: (23, 4), 2: (), 3: (9,)}  # prompts by dp group: one group never has work
 
 
