@@ -35,7 +35,7 @@ from workers.leader import Followers, LeaderExecutor
 from workers.loader import weights_hash
 from workers.lockstep import Lockstep
 from workers.model_config import ModelConfig
-from workers.parallel import Parallel, ParallelSizes
+from workers.parallel import Parallel, ParallelSizes, without_multicast
 from workers.settings import EngineSettings, RankSettings
 from workers.step_messages import Hello, decode, encode
 
@@ -188,6 +188,7 @@ def joined(settings: EngineSettings, config: ModelConfig, engine: EngineSizes) -
                               wait_for_workers=False)
     try:
         _choose_interface(host)
+        without_multicast()
         device = torch.device(settings.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
