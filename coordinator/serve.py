@@ -13,7 +13,7 @@ import urllib.request
 from pathlib import Path
 from types import FrameType
 
-from coordinator import cluster_token, lifeline, serve_flags
+from coordinator import cluster_token, lifeline, serve_flags, tls
 from coordinator.errors import ConfigError, TokenmillError
 from coordinator.serve_queue import FarmQueue, find_queue
 
@@ -158,7 +158,7 @@ def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, stac
     stack.callback(stop_all)
     # URLs may carry passwords, and the token is one: neither belongs into a command line that everybody on the machine can read.
     environment = {**os.environ, "TOKENMILL_NATS_URL": queue.urls.nats_url, "TOKENMILL_REDIS_URL": queue.urls.redis_url,
-                   cluster_token.ENV: flags.cluster_token, "TOKENMILL_TLS_CA": flags.tls_ca}
+                   cluster_token.ENV: flags.cluster_token, tls.ENV: flags.tls_ca}
     planner = ["--planner", flags.planner, "--ttft_objective", str(flags.ttft_objective), "--tpot_objective", str(flags.tpot_objective)]
     record = ["--queue_record", str(queue.record_path)] if queue.record_path is not None else []
     if flags.run_mode == "config_server":
