@@ -202,6 +202,7 @@ def _announce(flags: argparse.Namespace, children: list[Child], port: int) -> No
         for child in children:
             child.restart_if_dead()
         time.sleep(POLL_S)
+    host = socket.gethostname() if host in ("0.0.0.0", "::") else host
     if flags.run_mode == "config_server":
         print(f"\nconfig_server ready: {url}\npd_master, prefill and decode join with  --config_server_host {host} "
               f"--config_server_port {port}\n", flush=True)

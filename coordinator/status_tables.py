@@ -16,16 +16,16 @@ def show(report: dict[str, Any]) -> None:
     for table in (_workers(report), _queues(report), _doors(report)):
         if table.row_count:
             console.print(table)
-    console.print("  ".join(f"{name} {report[name]}" for name in HOLDINGS))
+    console.print("  ".join(f"{name} {report[name]}" for name in HOLDINGS), soft_wrap=True)
     if report["planner"]:
         _show_planner(console, report["planner"])
 
 
 def _workers(report: dict[str, Any]) -> Table:
     counted = ", ".join(f"{number} {role}" for role, number in report["roles"].items() if number)
-    table = Table(title=f"{report['model']}: {counted or 'no workers'}")
-    for name in ("worker", "role", "lease", "jobs", "run", "wait", "pin", "pages held/cached/free", "done"):
-        table.add_column(name, justify="left" if name in ("worker", "role") else "right", no_wrap=name == "worker")
+    table = Table(title=f"{report['model']}: {counted or 'no workers'}", caption="pages: held/cached/free")
+    for name in ("worker", "role", "lease", "jobs", "run", "wait", "pin", "pages", "done"):
+        table.add_column(name, justify="left" if name in ("worker", "role") else "right", no_wrap=name in ("worker", "pages"))
     for row in report["workers"]:
         stats = row["stats"]
         pages = "/".join(str(stats.get(f"{name}_pages", 0)) for name in ("held", "cached", "free"))
