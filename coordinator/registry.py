@@ -21,7 +21,7 @@ def worker_row(view: WorkerView) -> dict[str, Any]:
     return {"worker": view.worker, "incarnation": view.incarnation, "role": view.role, "model": info.get("model", ""),
             "alive": view.is_alive, "lease_left_s": round(view.expires_in_s, 1), "claims": view.num_owned, "host": info.get("host", ""),
             "pid": info.get("pid", 0), "finished": info.get("finished", 0), "layout": info.get("layout", {}),
-            "state": info.get("state", "serving"), "stats": view.stats}
+            "state": info.get("state", "serving"), "group": info.get("group"), "stats": view.stats}
 
 
 def _member(view: MemberView) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import urllib.request
 from pathlib import Path
 from types import FrameType
 
-from coordinator import cluster_token, lifeline, serve_flags, tls
+from coordinator import cluster_token, lifeline, serve_flags, serve_ranks, tls
 from coordinator.errors import ConfigError, TokenmillError
+from coordinator.rendezvous import PEER_STATUS
 from coordinator.serve_queue import FarmQueue, find_queue
 
 POLL_S = 0.1
@@ -32,6 +33,8 @@ class Child:
         self._args = args
         self._environment = environment
         self._deaths: list[float] = []
+        self.is_worker = module == "workers.worker"
+        self.has_left = False
         self.start()
 
     def start(self) -> None:
@@ -40,14 +43,19 @@ class Child:
     def restart_if_dead(self) -> None:
         """Raises TokenmillError when it keeps dying."""
         status = self.process.poll()
-        if status is None:
+        if status is None or self.has_left:
             return
         os.close(self._lifeline)
+        if status in PEER_STATUS.values():  # its group broke, since another rank ended: that one's supervisor counts
+            self.start()
+            return
         now = time.monotonic()
         self._deaths = [at for at in self._deaths if now - at < FAST_S] + [now]
         if status == lifeline.DRAINED_STATUS:
             self._lifeline = -1
-            raise Drained(f"{self.name} was drained and has left")
+            self.has_left = True
+            print(f"{self.name} was drained and has left", file=sys.stderr, flush=True)
+            return
         if len(self._deaths) >= MAX_FAST_DEATHS or status == 2:
             self._lifeline = -1
             raise TokenmillError(f"{self.name} ended with status {status}")
@@ -73,10 +81,6 @@ class Stop(Exception):
     """SIGINT or SIGTERM asked us to end."""
 
 
-class Drained(Exception):
-    """The worker was told to leave, and has left: so do we."""
-
-
 def main(argv: list[str]) -> int:
     try:
         flags = serve_flags.parse(argv)
@@ -98,15 +102,16 @@ def serve(flags: argparse.Namespace) -> int:
         try:
             port = _rest_port(flags)
             queue = find_queue(flags, _state_dir(flags), stack)
-            children = _start_children(flags, queue, port, stack)
+            desk = serve_ranks.open_desk(flags, queue.urls.nats_url, queue.urls.redis_url, stack)
+            children = _start_children(flags, queue, port, desk, stack)
             _announce(flags, children, port)
             while True:
                 queue.watch()
                 for child in children:
                     child.restart_if_dead()
+                if (workers := [child for child in children if child.is_worker]) and all(child.has_left for child in workers):
+                    break    # drained, all of them: what else there is here has nobody to work for
                 time.sleep(POLL_S)
-        except Drained as said:
-            print(said, file=sys.stderr, flush=True)
         except Stop:
             print(f"stopping: what runs may finish for {flags.drain_timeout:g} s; once more ends it at once (unfinished jobs stay in the "
                   "queue)", file=sys.stderr, flush=True)
@@ -124,7 +129,7 @@ def _state_dir(flags: argparse.Namespace) -> Path:
 
 def _rest_port(flags: argparse.Namespace) -> int:
     """A port for the REST shim or the config server; taken is an error before anything heavy starts."""
-    if flags.run_mode not in ("normal", "pd_master", "config_server"):
+    if flags.run_mode not in ("normal", "pd_master", "config_server") or serve_ranks.is_other_node(flags):
         return 0
     prefix = "config_server_" if flags.run_mode == "config_server" else ""
     host, port = getattr(flags, f"{prefix}host"), getattr(flags, f"{prefix}port")
@@ -138,7 +143,7 @@ def _rest_port(flags: argparse.Namespace) -> int:
         return bound
 
 
-def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, stack: contextlib.ExitStack) -> list[Child]:
+def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, desk: str, stack: contextlib.ExitStack) -> list[Child]:
     children: list[Child] = []
 
     def stop_all() -> None:
@@ -168,7 +173,7 @@ def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, stac
         return children
     common = ["--model_dir", flags.model_dir, "--model_name", flags.model_name,
               "--max_req_total_len", str(flags.max_req_total_len), "--max_queued", str(flags.max_queued), "--log_level", flags.log_level]
-    if flags.run_mode in ("normal", "pd_master"):
+    if port:
         children.append(Child("REST shim", "producers.rest", [
             *common, "--host", flags.host, "--port", str(port), "--max_body_bytes", str(flags.max_body_bytes),
             "--max_queued_tokens", str(flags.max_queued_tokens), "--max_tenant_jobs", str(flags.max_tenant_jobs),
@@ -178,7 +183,8 @@ def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, stac
             *(["--insecure"] if flags.insecure else [])], environment))
     if flags.run_mode in ("normal", "prefill", "decode"):
         role = "both" if flags.run_mode == "normal" else flags.run_mode
-        children.append(Child(f"{role} worker", "workers.worker", [*common, *_worker_args(flags, role)], environment))
+        for name, module, args in serve_ranks.processes(flags, role, [*common, *_worker_args(flags, role)], desk):
+            children.append(Child(name, module, args, environment))
     return children
 
 
@@ -193,7 +199,7 @@ def _worker_args(flags: argparse.Namespace, role: str) -> list[str]:
 
 def _announce(flags: argparse.Namespace, children: list[Child], port: int) -> None:
     """Wait until requests are answered, then say so, with a line to paste."""
-    if flags.run_mode in ("prefill", "decode"):
+    if not port:
         return  # the worker says itself when it is ready
     host = flags.config_server_host if flags.run_mode == "config_server" else flags.host
     url = f"{'https' if flags.tls_cert else 'http'}://{host}:{port}"

@@ -12,7 +12,7 @@ def check(flags: argparse.Namespace) -> None:
     mode = flags.run_mode
     ways = [name for name, is_given in (("--config_server_host", flags.config_server_host and mode != "config_server"),
                                         ("--pd_master_ip", flags.pd_master_ip), ("--nats_url", flags.nats_url)) if is_given]
-    if mode in ("prefill", "decode") and not ways:
+    if mode in ("prefill", "decode") and not ways and not flags.node_rank:
         raise ConfigError(f"--run_mode {mode} needs --pd_master_ip and --pd_master_port, or --config_server_host and --config_server_port, "
                           "or --nats_url and --redis_url")
     if len(ways) > 1:

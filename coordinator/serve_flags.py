@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from coordinator import serve_doors, tls
+from coordinator import group_plan, serve_doors, serve_ranks, tls
 from coordinator.cluster_token import ENV, LEAST_CHARS, is_loopback
 from coordinator.errors import ConfigError
 
@@ -23,7 +23,7 @@ examples
   tokenmill serve --run_mode pd_master     --model_dir DIR --port 60012 --config_server_host 127.0.0.1 --config_server_port 60088
 
 environment
-  LOADWORKER=N   threads that load weights      MOE_MODE=TP   KV_TRANS_USE_P2P=1   as LightLLM names them
+  LOADWORKER=N   threads that load weights      MOE_MODE=TP|EP   KV_TRANS_USE_P2P=1   as LightLLM names them
   TOKENMILL_CLUSTER_TOKEN=…   the secret that all processes of a farm share; --cluster_token_file reads it from a file
   TOKENMILL_API_KEY=tm-…      a trusted key, for workers and commands that ask a pd_master which wants keys
   TOKENMILL_NATS_URL, TOKENMILL_REDIS_URL   as --nats_url and --redis_url, unseen by others on the machine
@@ -34,6 +34,7 @@ def parse(argv: list[str], environment: Mapping[str, str] = os.environ) -> argpa
     """Flags and environment as one namespace. Raises ConfigError for what cannot be honoured; exits with 2 on what cannot be parsed."""
     flags = _parser().parse_args(argv)
     flags.load_workers = _load_workers(environment)
+    flags.moe_mode = group_plan.moe_mode(environment)
     flags.api_key = environment.get("TOKENMILL_API_KEY", "")
     flags.nats_url = flags.nats_url or environment.get("TOKENMILL_NATS_URL", "")
     flags.redis_url = flags.redis_url or environment.get("TOKENMILL_REDIS_URL", "")
@@ -85,13 +86,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--disable_dynamic_prompt_cache", action="store_true", help="no prefix cache")
     add("--graph_max_batch_size", type=int, default=256, help="sequences up to which a decode step is a CUDA graph (default: %(default)s)")
     add("--disable_cudagraph", action="store_true", help="decode without CUDA graphs (there are none on CPU)")
-    add("--tp", type=int, default=1, help="ranks of the group (this version: 1)")
-    add("--dp", type=int, default=1, help="data parallel groups (this version: 1)")
+    add("--tp", type=int, default=1, help="ranks over all nodes, one process and one GPU each (default: %(default)s)")
+    add("--dp", type=int, default=1, help="groups among them that take jobs and hold KV each for itself (default: %(default)s)")
     add("--enable_fa3", action="store_true", help="attention by the package flash_attn_interface on a Hopper GPU (not in this version: its "
         "own kernels need no flag)")
     add("--enable_mps", action="store_true", help="of LightLLM's visual service (not in this version; CUDA's MPS itself needs no flag)")
-    add("--enable_prefill_microbatch_overlap", action="store_true", help="not in this version")
-    add("--enable_decode_microbatch_overlap", action="store_true", help="not in this version")
+    add("--enable_prefill_microbatch_overlap", action="store_true",
+        help="MOE_MODE=EP: steps with prompts run as two halves, one computes while the other's tokens travel")
+    add("--enable_decode_microbatch_overlap", action="store_true", help="MOE_MODE=EP: the same for steps of decodes")
+    add("--ep_exchange", default="auto", help="MOE_MODE=EP, how tokens travel: exact, padded, deepep or auto (default: %(default)s)")
+    add("--ep_redundant_experts", type=int, default=0, help="MOE_MODE=EP: slots per rank for copies of experts in demand (default: 0)")
+    add("--ep_rebalance_steps", type=int, default=0, help="MOE_MODE=EP: steps after which experts move by load; 0: never (default: 0)")
     add("--mtp_mode", default=None, help="not in this version")
     add("--mtp_step", type=int, default=0, help="not in this version")
 
@@ -99,10 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--pd_master_ip", default="", help="prefill, decode: where the pd_master is")
     add("--pd_master_port", type=int, default=0, help="its REST port (default: 1212, 60011 or 8000, whichever answers)")
     add("--worker_id", default="", help="name of this worker in the farm (default: role and process id)")
-    add("--nnodes", type=int, default=1, help="nodes of the group (this version: 1)")
-    add("--node_rank", type=int, default=0)
-    add("--nccl_host", default="127.0.0.1", help="rendezvous of several ranks; one rank needs none")
-    add("--nccl_port", type=int, default=28765, help="rendezvous of several ranks; one rank needs none")
+    add("--nnodes", type=int, default=1, help="nodes that the ranks are spread over, in order (default: %(default)s)")
+    add("--node_rank", type=int, default=0, help="which of them this is; node 0 has the REST port and the queue (default: %(default)s)")
+    add("--nccl_host", default="127.0.0.1", help="address of node 0, where ranks of all nodes meet (default: %(default)s)")
+    add("--nccl_port", type=int, default=0, help="port there (default: 28765; with one node any free one)")
     add("--config_server_host", default="", help="config_server: address to bind. Others: where config servers are, several separated by "
         "commas, each with a port of its own if it has one (a,b:60089)")
     add("--config_server_port", type=int, default=CONFIG_SERVER_PORT, help="(default: %(default)s)")
@@ -144,16 +149,9 @@ def _load_workers(environment: Mapping[str, str]) -> int:
 
 def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[str, str]) -> None:
     refusals = {
-        f"--tp {flags.tp}": flags.tp != 1,
-        f"--dp {flags.dp}": flags.dp != 1,
-        f"--nnodes {flags.nnodes}": flags.nnodes != 1,
-        f"--node_rank {flags.node_rank}": flags.node_rank != 0,
         "--enable_mps": flags.enable_mps,
-        "--enable_prefill_microbatch_overlap": flags.enable_prefill_microbatch_overlap,
-        "--enable_decode_microbatch_overlap": flags.enable_decode_microbatch_overlap,
         f"--mtp_mode {flags.mtp_mode}": flags.mtp_mode is not None,
         f"--mtp_step {flags.mtp_step}": flags.mtp_step != 0,
-        f"MOE_MODE={environment.get('MOE_MODE')}": environment.get("MOE_MODE", "TP") not in ("TP", "EP"),
     }
     for name, is_given in refusals.items():
         if is_given:
@@ -162,6 +160,7 @@ def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[st
         raise ConfigError(f"--device {flags.device}: must be auto, cpu, cuda or cuda:N")
     if flags.engine_stall_s < 0:
         raise ConfigError(f"--engine_stall_s {flags.engine_stall_s:g}: must be a number of seconds")
+    serve_ranks.plan_of(flags)
     if bool(flags.nats_url) != bool(flags.redis_url):
         raise ConfigError("--nats_url and --redis_url go together: give both or neither")
     serve_doors.check(flags)
@@ -173,7 +172,8 @@ def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[st
         raise ConfigError(f"--model_dir {flags.model_dir}: there is no config.json in it")
     if flags.api_keys_file and not Path(flags.api_keys_file).is_file():
         raise ConfigError(f"--api_keys_file {flags.api_keys_file}: there is no such file; `tokenmill keys create` makes one")
-    if flags.run_mode in ("normal", "pd_master") and not flags.api_keys_file and not flags.insecure and not is_loopback(flags.host):
+    is_door = flags.run_mode in ("normal", "pd_master") and not serve_ranks.is_other_node(flags)
+    if is_door and not flags.api_keys_file and not flags.insecure and not is_loopback(flags.host):
         raise ConfigError(f"--host {flags.host}: not a loopback address: give --api_keys_file (tokenmill keys create), or say --insecure")
 
 

@@ -1,6 +1,6 @@
 """Where the processes of one `tokenmill serve` find their queue: given, asked for, or started here. One decision per run mode.
 
-    normal          servers of its own, which end with it
+    normal          servers of its own, which end with it; on several nodes a queue that node 0 keeps and tells the others
     config_server   servers of its own in the care of a keeper that outlives it, those of another config server (--join), or given URLs
     pd_master       asks the config servers; without any it keeps a queue as a config server does
     prefill,decode  ask the config servers or the pd_master
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordinator import bootstrap, queue_users
+from coordinator import bootstrap, queue_users, serve_ranks
 from coordinator.bootstrap import Doors
 from coordinator.embedded import EmbeddedServices
 from coordinator.kept_queue import KeptQueue
@@ -42,11 +42,16 @@ def find_queue(flags: argparse.Namespace, state_dir: Path, stack: contextlib.Exi
         return _of_config_server(flags, state_dir, stack)
     if flags.nats_url:
         return FarmQueue(urls=QueueUrls(nats_url=flags.nats_url, redis_url=flags.redis_url))
+    if serve_ranks.is_other_node(flags):
+        nats_url, redis_url = serve_ranks.ask_node_0(flags)
+        return FarmQueue(urls=QueueUrls(nats_url=nats_url, redis_url=redis_url))
     role = queue_users.ROLE_OF_MODE[flags.run_mode]
     if flags.config_server_host or flags.run_mode in ("prefill", "decode"):
         return FarmQueue(urls=bootstrap.wait_for_queue(doors(flags), role))
     if flags.run_mode == "pd_master":
         return _kept(flags, flags.host, state_dir, role, stack)
+    if flags.nnodes > 1:
+        return _kept(flags, flags.nccl_host, state_dir, role, stack)
     return _embedded(flags, state_dir, stack)
 
 

@@ -13,7 +13,8 @@ HOLDINGS = ("held_pages", "pinned", "claims", "jobs_depth", "num_ack_pending", "
 def show(report: dict[str, Any]) -> None:
     """Workers, queues, doors, what is held, and the planner if there is one."""
     console = Console()
-    for table in (_workers(report), _queues(report), _doors(report)):
+    grouped = [row for row in report["workers"] if row["group"]]
+    for table in (_workers(report), _ranks(grouped), _queues(report), _doors(report)):
         if table.row_count:
             console.print(table)
     console.print("  ".join(f"{name} {report[name]}" for name in HOLDINGS), soft_wrap=True)
@@ -61,3 +62,17 @@ def _show_planner(console: Console, planner: dict[str, Any]) -> None:
     for entry in planner["decisions"][:NUM_DECISIONS]:
         at = time.strftime("%H:%M:%S", time.localtime(entry["at_s"]))
         console.print(f"  {at}  {entry['worker'] or 'wanted'}: {entry['role']} ({entry['reason']}): {entry['done']}")
+
+
+def _ranks(rows: list[dict[str, Any]]) -> Table:
+    """Where each rank of the workers that have several runs."""
+    table = Table(title="ranks")
+    for name in ("worker", "tp / dp / MoE", "dp rank", "generation", "rank", "host", "pid"):
+        table.add_column(name)
+    for row in rows:
+        group = row["group"]
+        first = [row["worker"], f"{group['tp']} / {group['dp']} / {group['moe_mode']}", str(group["dp_rank"]), str(group["generation"])]
+        for rank in group["ranks"]:
+            table.add_row(*first, str(rank["rank"]), rank["host"], str(rank["pid"]))
+            first = ["", "", "", ""]
+    return table

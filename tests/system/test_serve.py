@@ -68,8 +68,9 @@ def test_whatever_ends_the_farm_no_process_and_no_port_stays(tmp_path: Path, tin
 
 
 @pytest.mark.parametrize(("flags", "environment", "said"), [
-    (["--model_dir", "m", "--tp", "8"], {}, "--tp 8"), (["--model_dir", "m", "--enable-mps"], {}, "--enable_mps"),
-    (["--model_dir", "m"], {"MOE_MODE": "XP"}, "MOE_MODE=XP"), (["--run_mode", "config_server", "--host", "0.0.0.0"], {}, "cluster token"),
+    (["--model_dir", "m", "--tp", "8", "--dp", "3"], {}, "--dp 3"), (["--model_dir", "m", "--enable-mps"], {}, "--enable_mps"),
+    (["--model_dir", "m"], {"MOE_MODE": "XP"}, "MOE_MODE=XP"),
+    (["--run_mode", "config_server", "--host", "0.0.0.0"], {}, "cluster token"),
     (["--run_mode", "config_server"], {"TOKENMILL_CLUSTER_TOKEN": "short"}, "at least 16"),
     (["--run_mode", "decode", "--pd_master_ip", "a", "--config_server_host", "b"], {}, "--config_server_host and --pd_master_ip"),
     (["--run_mode", "config_server", "--tls_cert", "c.pem"], {}, "--tls_key"), (["--join", "a:1", "--model_dir", MODEL], {}, "--join"),
