@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from coordinator import tls
 from coordinator.bootstrap import Doors, ask
 from coordinator.bus import Bus
 from coordinator.cluster_token import ENV
@@ -37,6 +38,8 @@ async def reach(flags: argparse.Namespace) -> AsyncIterator[FarmAccess]:
     """Raises ConfigError, Unavailable."""
     if bool(flags.nats_url) != bool(flags.redis_url):
         raise ConfigError("--nats_url and --redis_url go together: give both or neither")
+    if flags.tls_ca:
+        os.environ[tls.ENV] = flags.tls_ca
     found = ({"nats_url": flags.nats_url, "redis_url": flags.redis_url, "model_name": flags.model_name or "default_model_name"}
              if flags.nats_url else _ask_door(flags))
     store = Store(found["redis_url"])
@@ -52,7 +55,7 @@ def doors_of(url: str, flags: argparse.Namespace) -> Doors:
     parts = urlsplit(url if "//" in url else f"http://{url}")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"--url {url}: must be http://HOST:PORT or https://HOST:PORT")
-    ca = (flags.tls_ca or os.environ.get("TOKENMILL_TLS_CA", "")) if parts.scheme == "https" else ""
+    ca = (flags.tls_ca or os.environ.get(tls.ENV, "")) if parts.scheme == "https" else ""
     if parts.scheme == "https" and not ca:
         raise ConfigError(f"--url {url}: give --tls_ca, the CA of its certificate")
     return Doors(addresses=(parts.netloc,), flags="--url", token=os.environ.get(ENV, ""), api_key=os.environ.get("TOKENMILL_API_KEY", ""),

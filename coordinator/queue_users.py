@@ -15,14 +15,14 @@ from typing import Any
 ROLES = ("master", "worker", "client", "operator")
 ROLE_OF_MODE = {"normal": "operator", "pd_master": "master", "config_server": "master", "prefill": "worker", "decode": "worker"}
 REPLY_EXPIRES = "3700s"        # a question may wait as long as a job may take
-_SHARED = ["cancel.>", "control.>", "jobs.>", "$JS.ACK.>", "$JS.API.>"]      # jobs.>: clients' jobs, and what goes back to another lane
+_SHARED = ["cancel.>", "control.>", "jobs.>", "relief.>", "$JS.ACK.>", "$JS.API.>"]    # a worker's jobs.>: what goes to another lane
 _PUBLISH = {
     "master": [*_SHARED, "ask.>"],
     "worker": [*_SHARED, "out.>", "results.>", "handoff.>", "dlq.>", "roster.>", "kv.>"],
     "client": ["jobs.>", "cancel.*", "ask.*", "$JS.API.DIRECT.GET.RESULTS", "$JS.API.DIRECT.GET.RESULTS.>", "$JS.API.DIRECT.GET.OUT",
                "$JS.API.DIRECT.GET.OUT.>"],
 }
-_SUBSCRIBE = {"master": ["live.>", "results.>", "ask.>", "control.>"], "worker": ["cancel.>", "kv.>", "control.>"],
+_SUBSCRIBE = {"master": ["live.>", "results.>", "ask.>", "control.>"], "worker": ["cancel.>", "kv.>", "control.>", "relief.>"],
               "client": ["live.>", "results.*"]}
 _DENIED = ["$JS.API.STREAM.DELETE.>", "$JS.API.STREAM.PURGE.>", "$JS.API.STREAM.RESTORE.>", "$JS.API.STREAM.MSG.DELETE.>"]
 

@@ -13,7 +13,7 @@ import urllib.request
 from pathlib import Path
 from types import FrameType
 
-from coordinator import cluster_token, lifeline, serve_flags, serve_ranks
+from coordinator import cluster_token, lifeline, serve_flags, serve_ranks, tls
 from coordinator.errors import ConfigError, TokenmillError
 from coordinator.rendezvous import PEER_STATUS
 from coordinator.serve_queue import FarmQueue, find_queue
@@ -33,6 +33,8 @@ class Child:
         self._args = args
         self._environment = environment
         self._deaths: list[float] = []
+        self.is_worker = module == "workers.worker"
+        self.has_left = False
         self.start()
 
     def start(self) -> None:
@@ -41,7 +43,7 @@ class Child:
     def restart_if_dead(self) -> None:
         """Raises TokenmillError when it keeps dying."""
         status = self.process.poll()
-        if status is None:
+        if status is None or self.has_left:
             return
         os.close(self._lifeline)
         if status in PEER_STATUS.values():  # its group broke, since another rank ended: that one's supervisor counts
@@ -51,7 +53,9 @@ class Child:
         self._deaths = [at for at in self._deaths if now - at < FAST_S] + [now]
         if status == lifeline.DRAINED_STATUS:
             self._lifeline = -1
-            raise Drained(f"{self.name} was drained and has left")
+            self.has_left = True
+            print(f"{self.name} was drained and has left", file=sys.stderr, flush=True)
+            return
         if len(self._deaths) >= MAX_FAST_DEATHS or status == 2:
             self._lifeline = -1
             raise TokenmillError(f"{self.name} ended with status {status}")
@@ -75,10 +79,6 @@ class Child:
 
 class Stop(Exception):
     """SIGINT or SIGTERM asked us to end."""
-
-
-class Drained(Exception):
-    """The worker was told to leave, and has left: so do we."""
 
 
 def main(argv: list[str]) -> int:
@@ -109,9 +109,9 @@ def serve(flags: argparse.Namespace) -> int:
                 queue.watch()
                 for child in children:
                     child.restart_if_dead()
+                if (workers := [child for child in children if child.is_worker]) and all(child.has_left for child in workers):
+                    break    # drained, all of them: what else there is here has nobody to work for
                 time.sleep(POLL_S)
-        except Drained as said:
-            print(said, file=sys.stderr, flush=True)
         except Stop:
             print(f"stopping: what runs may finish for {flags.drain_timeout:g} s; once more ends it at once (unfinished jobs stay in the "
                   "queue)", file=sys.stderr, flush=True)
@@ -164,7 +164,7 @@ def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, desk
     stack.callback(stop_all)
     # URLs may carry passwords, and the token is one: neither belongs into a command line that everybody on the machine can read.
     environment = {**os.environ, "TOKENMILL_NATS_URL": queue.urls.nats_url, "TOKENMILL_REDIS_URL": queue.urls.redis_url,
-                   cluster_token.ENV: flags.cluster_token, "TOKENMILL_TLS_CA": flags.tls_ca}
+                   cluster_token.ENV: flags.cluster_token, tls.ENV: flags.tls_ca}
     planner = ["--planner", flags.planner, "--ttft_objective", str(flags.ttft_objective), "--tpot_objective", str(flags.tpot_objective)]
     record = ["--queue_record", str(queue.record_path)] if queue.record_path is not None else []
     if flags.run_mode == "config_server":
@@ -210,6 +210,7 @@ def _announce(flags: argparse.Namespace, children: list[Child], port: int) -> No
         for child in children:
             child.restart_if_dead()
         time.sleep(POLL_S)
+    host = socket.gethostname() if host in ("0.0.0.0", "::") else host
     if flags.run_mode == "config_server":
         print(f"\nconfig_server ready: {url}\npd_master, prefill and decode join with  --config_server_host {host} "
               f"--config_server_port {port}\n", flush=True)

@@ -37,6 +37,8 @@ def check(flags: argparse.Namespace) -> None:
 def _check_files(flags: argparse.Namespace) -> None:
     if bool(flags.tls_cert) != bool(flags.tls_key):
         raise ConfigError("--tls_cert and --tls_key go together: give both or neither")
+    if flags.tls_cert and not flags.tls_ca and flags.run_mode in ("config_server", "pd_master"):
+        raise ConfigError("--tls_cert needs --tls_ca too: this process reaches its own queue, and other doors, by TLS")
     for name in ("tls_cert", "tls_key", "tls_ca"):
         if (path := getattr(flags, name)) and not Path(path).is_file():
             raise ConfigError(f"--{name} {path}: there is no such file")

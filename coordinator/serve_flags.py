@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from coordinator import group_plan, serve_doors, serve_ranks
+from coordinator import group_plan, serve_doors, serve_ranks, tls
 from coordinator.cluster_token import ENV, LEAST_CHARS, is_loopback
 from coordinator.errors import ConfigError
 
@@ -38,7 +38,7 @@ def parse(argv: list[str], environment: Mapping[str, str] = os.environ) -> argpa
     flags.api_key = environment.get("TOKENMILL_API_KEY", "")
     flags.nats_url = flags.nats_url or environment.get("TOKENMILL_NATS_URL", "")
     flags.redis_url = flags.redis_url or environment.get("TOKENMILL_REDIS_URL", "")
-    flags.tls_ca = flags.tls_ca or environment.get("TOKENMILL_TLS_CA", "")
+    flags.tls_ca = flags.tls_ca or environment.get(tls.ENV, "")
     flags.cluster_token = _cluster_token(flags, environment)
     if flags.run_mode == "config_server":
         flags.config_server_host = flags.config_server_host or flags.host

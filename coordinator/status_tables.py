@@ -13,19 +13,20 @@ HOLDINGS = ("held_pages", "pinned", "claims", "jobs_depth", "num_ack_pending", "
 def show(report: dict[str, Any]) -> None:
     """Workers, queues, doors, what is held, and the planner if there is one."""
     console = Console()
-    for table in (_workers(report), _ranks(report), _queues(report), _doors(report)):
+    grouped = [row for row in report["workers"] if row["group"]]
+    for table in (_workers(report), _ranks(grouped), _queues(report), _doors(report)):
         if table.row_count:
             console.print(table)
-    console.print("  ".join(f"{name} {report[name]}" for name in HOLDINGS))
+    console.print("  ".join(f"{name} {report[name]}" for name in HOLDINGS), soft_wrap=True)
     if report["planner"]:
         _show_planner(console, report["planner"])
 
 
 def _workers(report: dict[str, Any]) -> Table:
     counted = ", ".join(f"{number} {role}" for role, number in report["roles"].items() if number)
-    table = Table(title=f"{report['model']}: {counted or 'no workers'}")
-    for name in ("worker", "role", "lease", "jobs", "run", "wait", "pin", "pages held/cached/free", "done"):
-        table.add_column(name, justify="left" if name in ("worker", "role") else "right", no_wrap=name == "worker")
+    table = Table(title=f"{report['model']}: {counted or 'no workers'}", caption="pages: held/cached/free")
+    for name in ("worker", "role", "lease", "jobs", "run", "wait", "pin", "pages", "done"):
+        table.add_column(name, justify="left" if name in ("worker", "role") else "right", no_wrap=name in ("worker", "pages"))
     for row in report["workers"]:
         stats = row["stats"]
         pages = "/".join(str(stats.get(f"{name}_pages", 0)) for name in ("held", "cached", "free"))
@@ -35,21 +36,6 @@ def _workers(report: dict[str, Any]) -> Table:
         lease = f"{row['lease_left_s']:.1f} s" if row["alive"] else "lapsed"
         sequences = (str(stats.get(name, 0)) for name in ("running", "waiting", "pinned"))
         table.add_row(row["worker"], role, lease, str(row["claims"]), *sequences, pages, str(row["finished"]))
-    return table
-
-
-def _ranks(report: dict[str, Any]) -> Table:
-    """Where each rank of the workers that have several runs."""
-    table = Table(title="ranks")
-    for name in ("worker", "tp / dp / MoE", "dp rank", "generation", "rank", "host", "pid"):
-        table.add_column(name)
-    for row in report["workers"]:
-        if (group := row["group"]) is None:
-            continue
-        first = [row["worker"], f"{group['tp']} / {group['dp']} / {group['moe_mode']}", str(group["dp_rank"]), str(group["generation"])]
-        for rank in group["ranks"]:
-            table.add_row(*first, str(rank["rank"]), rank["host"], str(rank["pid"]))
-            first = ["", "", "", ""]
     return table
 
 
@@ -78,3 +64,17 @@ def _show_planner(console: Console, planner: dict[str, Any]) -> None:
     for entry in planner["decisions"][:NUM_DECISIONS]:
         at = time.strftime("%H:%M:%S", time.localtime(entry["at_s"]))
         console.print(f"  {at}  {entry['worker'] or 'wanted'}: {entry['role']} ({entry['reason']}): {entry['done']}")
+
+
+def _ranks(rows: list[dict[str, Any]]) -> Table:
+    """Where each rank of the workers that have several runs."""
+    table = Table(title="ranks")
+    for name in ("worker", "tp / dp / MoE", "dp rank", "generation", "rank", "host", "pid"):
+        table.add_column(name)
+    for row in rows:
+        group = row["group"]
+        first = [row["worker"], f"{group['tp']} / {group['dp']} / {group['moe_mode']}", str(group["dp_rank"]), str(group["generation"])]
+        for rank in group["ranks"]:
+            table.add_row(*first, str(rank["rank"]), rank["host"], str(rank["pid"]))
+            first = ["", "", "", ""]
+    return table

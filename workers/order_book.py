@@ -15,8 +15,10 @@ log = logging.getLogger(__name__)
 class OrderBook:
     """`came` is set by each order that changes something; whoever carries it out clears it."""
 
-    def __init__(self, worker: str, role: str) -> None:
+    def __init__(self, worker: str, role: str, why_not_leave: str = "") -> None:
+        """`why_not_leave`: what keeps it from leaving alone, if anything does."""
         self.role = role
+        self._why_not_leave = why_not_leave
         self.is_leaving = False
         self.came = asyncio.Event()
         self._worker = worker
@@ -44,6 +46,8 @@ class OrderBook:
         if order.kind == "drain":
             if self.is_leaving:
                 return "it is leaving already"
+            if self._why_not_leave:
+                raise MalformedMessage(self._why_not_leave)
             self.is_leaving = True
             said = "takes nothing new, ends what runs, and leaves"
         else:

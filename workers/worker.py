@@ -65,7 +65,9 @@ class Worker:
         self._stats = NO_STATS
         self._incarnation: Incarnation | None = None
         self._role = settings.engine.role
-        self._orders = OrderBook(settings.worker_id, self._role)
+        ranks = settings.engine.ranks
+        why_not = f"its {ranks.dp} dp groups step together: SIGTERM to their supervisor drains all of them"
+        self._orders = OrderBook(settings.worker_id, self._role, why_not if ranks.moe_mode == "EP" and ranks.dp > 1 else "")
 
     def stop(self) -> None:
         """Finish or hand back what is here, then leave."""
