@@ -28,6 +28,27 @@ class PoolAddress:
     num_pages: Count      # of each of them
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankView:
+    """Where one rank of a group runs."""
+
+    rank: Count
+    host: str
+    pid: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupView:
+    """What operators see of the ranks that compute together (`tokenmill status`). Numbers are within the deployment."""
+
+    generation: Count
+    tp: Count
+    dp: Count
+    moe_mode: str
+    dp_rank: Count
+    ranks: tuple[RankView, ...]   # of this dp group
+
+
 # ---- commands: I/O process -> engine ----
 
 
@@ -115,6 +136,7 @@ class Ready:
     chunk_size: Count         # prompt tokens of one prefill step
     vocab_size: Count
     eos_ids: tuple[Count, ...]
+    group: GroupView | None = None
 
 
 class TokenRow(NamedTuple):
@@ -265,7 +287,10 @@ def _adapter(cls: type) -> TypeAdapter[Any]:
 
 
 _adapter(PoolAddress)
+_adapter(RankView)
+_adapter(GroupView)
 _COMMAND_ADAPTERS = {kind: _adapter(cls) for kind, cls in COMMANDS.items()}
 _EVENT_ADAPTERS = {kind: _adapter(cls) for kind, cls in EVENTS.items()}
 _KIND_OF: dict[type, str] = {cls: kind for kind, cls in (*COMMANDS.items(), *EVENTS.items())}
-_FIELDS: dict[type, tuple[str, ...]] = {cls: tuple(f.name for f in fields(cls)) for cls in (*_KIND_OF, PoolAddress, KVRank, KVLayout)}
+_FIELDS: dict[type, tuple[str, ...]] = {
+    cls: tuple(f.name for f in fields(cls)) for cls in (*_KIND_OF, PoolAddress, KVRank, KVLayout, GroupView, RankView)}

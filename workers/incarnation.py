@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import time
+from dataclasses import asdict
 from typing import Any
 
 from coordinator import subjects
@@ -98,7 +99,8 @@ class Incarnation:
                 "layout": {name: getattr(layout, name) for name in layout.__slots__},
                 "stats": {name: getattr(stats, name) for name in stats.__slots__},
                 "max_total_tokens": self._ready.max_total_tokens, "max_seq_len": self._ready.max_seq_len,
-                "finished": self.jobs.num_finished if hasattr(self, "jobs") else 0}
+                "finished": self.jobs.num_finished if hasattr(self, "jobs") else 0,
+                "group": asdict(self._ready.group) if self._ready.group else None}
 
     # ---- how much to pull ----
 
