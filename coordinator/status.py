@@ -65,20 +65,22 @@ def _row(view: WorkerView) -> dict[str, Any]:
     info = view.info
     return {"worker": view.worker, "incarnation": view.incarnation, "role": view.role, "alive": view.is_alive,
             "lease_left_s": round(view.expires_in_s, 1), "claims": view.num_owned, "host": info.get("host", ""), "pid": info.get("pid", 0),
+            "device": info.get("device", ""), "mps": info.get("mps", ""), "kv_transfer": info.get("kv_transfer", ""),
             "finished": info.get("finished", 0), "stats": view.stats, "group": info.get("group")}
 
 
 def _show(report: dict[str, Any]) -> None:
     console = Console()
     table = Table(title=f"workers of {report['model']}")
-    for name in ("worker", "role", "lease", "claims", "running", "waiting", "pinned", "pages held / cached / free", "finished"):
-        table.add_column(name, justify="left" if name in ("worker", "role") else "right")
+    for name in ("worker", "role", "device", "lease", "claims", "running", "waiting", "pinned", "pages held / cached / free", "finished"):
+        table.add_column(name, justify="left" if name in ("worker", "role", "device") else "right")
     for row in report["workers"]:
         stats = row["stats"]
         pages = f"{stats.get('held_pages', 0)} / {stats.get('cached_pages', 0)} / {stats.get('free_pages', 0)}"
         lease = f"{row['lease_left_s']:.1f} s" if row["alive"] else "lapsed"
-        table.add_row(row["worker"], row["role"], lease, str(row["claims"]), str(stats.get("running", 0)), str(stats.get("waiting", 0)),
-                      str(stats.get("pinned", 0)), pages, str(row["finished"]))
+        device = row["device"] + (", MPS" if row["mps"] else "")
+        counts = (str(stats.get(name, 0)) for name in ("running", "waiting", "pinned"))
+        table.add_row(row["worker"], row["role"], device, lease, str(row["claims"]), *counts, pages, str(row["finished"]))
     console.print(table)
     if grouped := [row for row in report["workers"] if row["group"]]:
         console.print(_ranks(grouped))

@@ -131,8 +131,8 @@ class Worker:
             await asyncio.sleep(RETRY_S)
             return
         self._incarnation = life
-        print(f"{life.me.role} worker {life.me.owner} ready: {self._settings.engine.model_name}, {ready.max_total_tokens} KV tokens",
-              file=sys.stderr, flush=True)
+        print(f"{life.me.role} worker {life.me.owner} ready: {self._settings.engine.model_name}, {ready.max_total_tokens} KV tokens"
+              f"{f', under MPS ({life.mps})' if life.mps else ''}", file=sys.stderr, flush=True)
         endings = [asyncio.create_task(self._stopping.wait()), asyncio.create_task(life.over.wait())]
         await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
         for task in endings:
