@@ -56,7 +56,8 @@ def test_the_way_of_hand_overs_is_said_by_a_flag_or_as_lightllm_says_it(model_di
 
 
 @pytest.mark.parametrize(("flags", "p2p", "text"), [
-    ([], "yes", "KV_TRANS_USE_P2P='yes'"), (["--kv_transfer", "collective"], "1", "KV_TRANS_USE_P2P=1 contradicts --kv_transfer collective"),
+    ([], "yes", "KV_TRANS_USE_P2P='yes'"),
+    (["--kv_transfer", "collective"], "1", "KV_TRANS_USE_P2P=1 contradicts --kv_transfer collective"),
     (["--kv_transfer", "mapped"], "0", "KV_TRANS_USE_P2P=0 contradicts --kv_transfer mapped"),
 ])
 def test_two_ways_at_once_are_refused(model_dir: str, flags: list[str], p2p: str, text: str) -> None:
