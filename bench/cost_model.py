@@ -8,7 +8,7 @@ Nothing is hidden behind anything else: overlap can only make it better.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.links import NVLINK, TWO_NODES, Links
@@ -68,7 +68,7 @@ def splits(config: ModelConfig, machine: Machine) -> Iterator[Split]:
     """Those that the model's heads and experts allow on all of the machine's GPUs, and one GPU."""
     yield Split()
     num = machine.num_gpus
-    for split in (Split(tp=num), Split(tp=num, dp=num // 4, is_ep=True), Split(tp=num, dp=num, is_ep=True)):
+    for split in dict.fromkeys((Split(tp=num), Split(tp=num, dp=max(num // 4, 1), is_ep=True), Split(tp=num, dp=num, is_ep=True))):
         has_heads = config.num_heads % split.attn_tp == 0
         block = split.attn_tp * (128 if config.fp8_block else 1)
         has_width = config.moe is None or split.is_ep or config.moe.intermediate_size % block == 0
@@ -83,9 +83,7 @@ def errors(config: ModelConfig, model: StepModel, figures: Sequence[Measured], c
 
 
 def full_model(name: str) -> ModelConfig:
-    if name == "v2-lite":
-        return ModelConfig.parse(named_config("v2-lite"))
-    return ModelConfig.parse(full_config("deepseek-v3", quantization_config=FP8))
+    return ModelConfig.parse(full_config("deepseek-v3", quantization_config=FP8) if name == "v3" else named_config(name))
 
 
 def fitted(results: Path) -> dict[str, tuple[ModelConfig, StepModel, list[Measured]]]:
@@ -118,7 +116,7 @@ def table(config: ModelConfig, model: StepModel, machine: Machine) -> str:
                            f"hand-over of {HANDOVER_TOKENS}"), rows)
 
 
-def report(results: Path) -> str:
+def report(results: Path, machines: Sequence[Machine] = MACHINES, shapes: Sequence[str] = ("v2-lite", "v3")) -> str:
     parts = ["# Steps that several GPUs should take", "", "Predicted, not measured: " + (__doc__ or "").partition("\n\n")[2].strip(), ""]
     found = fitted(results)
     for name, (config, model, figures) in found.items():
@@ -129,10 +127,10 @@ def report(results: Path) -> str:
                   f"steps by {worst['decode']:.0%} at most, prefill by {worst['prefill']:.0%}.", ""]
     for links in (NVLINK, TWO_NODES):
         parts += [f"- {links.name}: {links.source}"]
-    for shape, measured in (("v2-lite", "v2-lite"), ("v3", "v3-layers:4")):
-        config = full_model(shape)
-        title = {"v2-lite": "DeepSeek-V2-Lite, bf16", "v3": "DeepSeek-V3 and R1, FP8"}[shape]
-        for machine in MACHINES:
+    for shape in shapes:
+        config, measured = full_model(shape), "v2-lite" if shape == "v2-lite" else "v3-layers:4"
+        title = {"v2-lite": "DeepSeek-V2-Lite, bf16", "v3": "DeepSeek-V3 and R1, FP8"}.get(shape, f"{shape} in FP8")
+        for machine in machines:
             parts += ["", f"## {title}, {machine.name}, context {PROMPT}", "", table(config, found[measured][1], machine).rstrip()]
     return "\n".join(parts) + "\n"
 
@@ -141,8 +139,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cost_model", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the figures of one GPU (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="also write it to this file")
+    parser.add_argument("--num_gpus", type=int, default=0, help="of one node, instead of the tables for 8 and 16")
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    text = report(arguments.results)
+    num = arguments.num_gpus
+    if num:  # what bench/multi_gpu measures
+        text = report(arguments.results, [replace(machine, name=f"{num} x {machine.name.partition(' x ')[2]}", num_gpus=num)
+                                          for machine in MACHINES[:2]], ("v2-lite", "v3-layers:4"))
+    else:
+        text = report(arguments.results)
     print(text)
     if arguments.out:
         arguments.out.write_text(text, encoding="utf-8")
