@@ -18,6 +18,7 @@ from bench.http_stream import Target
 
 POLL_S = 0.2
 STOP_S = 45.0
+MASTERS = "masters"      # a file with the URLs of all of them
 
 
 @contextlib.contextmanager
@@ -36,21 +37,56 @@ def running_modes(mode: str, model_dir: Path, state_dir: Path, arguments: argpar
             target = Target.parse(url)
             join = ["--pd_master_ip", target.host, "--pd_master_port", str(target.port), *flags]
             if mode == "pd":
-                commands = {role: ["tokenmill", "serve", "--run_mode", role, *join, "--device", device]
-                            for role, device in (("prefill", first), ("decode", second))}
+                commands = _disaggregated(arguments, join, first, second)
             else:
-                where = _bootstrap(url)
-                commands = {f"both-{number}": ["workers.worker", "--role", "both", "--worker_id", f"both-{number}", *where, *flags,
-                                               "--load_workers", str(arguments.load_workers), "--device", device]
-                            for number, device in enumerate((first, second), 1)}
+                common = ["--role", "both", *_bootstrap(url), *flags, "--load_workers", str(arguments.load_workers)]
+                commands = {name: (["workers.worker", *common, "--worker_id", name, "--device", device], {})
+                            for name, device in (("both-1", first), ("both-2", second))}
+            (state_dir / MASTERS).write_text(url)
             with contextlib.ExitStack() as stack:
-                workers = {name: stack.enter_context(_worker(name, model_dir, state_dir, command)) for name, command in commands.items()}
+                for number in range(2, arguments.masters + 1):
+                    stack.enter_context(_further_master(number, url, model_dir, state_dir, arguments))
+                workers = {name: stack.enter_context(_worker(name, model_dir, state_dir, *command)) for name, command in commands.items()}
                 _wait_until_ready(url, workers, state_dir, arguments.ready_s)
                 yield url
 
 
+Command = tuple[list[str], dict[str, str]]   # module and arguments, and what is set in the environment
+
+
+def _disaggregated(arguments: argparse.Namespace, join: list[str], first: str, second: str) -> dict[str, Command]:
+    """Every worker sees all GPUs, its own first: memory is mapped between GPUs that both sides see."""
+    if not arguments.workers:
+        return {role: (["tokenmill", "serve", "--run_mode", role, *join, "--device", device], {})
+                for role, device in (("prefill", first), ("decode", second))}
+    specs = [(role, gpus.split(",")) for role, _, gpus in (spec.partition("=") for spec in arguments.workers)]
+    every = [gpu for _, gpus in specs for gpu in gpus]
+    return {f"{role}-{number}": (["tokenmill", "serve", "--run_mode", role, *join, "--device", arguments.device, "--tp", str(len(gpus))],
+                                 {"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys([*gpus, *every]))} if arguments.device != "cpu" else {})
+            for number, (role, gpus) in enumerate(specs, 1)}
+
+
+@contextlib.contextmanager
+def _further_master(number: int, url: str, model_dir: Path, state_dir: Path, arguments: argparse.Namespace) -> Iterator[None]:
+    """Another REST door to the queue of the master at `url`."""
+    with running_farm(model_dir, state_dir / f"master-{number}", num_threads=0, ready_s=arguments.ready_s,
+                      flags=["--run_mode", "pd_master", *_bootstrap(url)]) as further:
+        with (state_dir / MASTERS).open("a") as file:
+            file.write(f"\n{further}")
+        yield
+
+
+def master_urls(state_dir: Path) -> list[str]:
+    return (state_dir / MASTERS).read_text().split()
+
+
+def worker_names(state_dir: Path) -> list[str]:
+    return sorted(path.stem for path in state_dir.glob("*.pid"))
+
+
 def kill_worker(state_dir: Path, role: str) -> None:
-    """SIGKILL to the worker's I/O process, whose engine goes with it; what started it will start another."""
+    """SIGKILL to all that `tokenmill serve` runs for this worker: its I/O process, whose engine goes with it, and other ranks. They are
+    started again."""
     parent = int(_pid(state_dir, role).read_text())
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -67,10 +103,10 @@ def _bootstrap(url: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _worker(role: str, model_dir: Path, state_dir: Path, what: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+def _worker(role: str, model_dir: Path, state_dir: Path, what: list[str], variables: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", *what, "--model_dir", str(model_dir.resolve())]
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # a clone need not be installed
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": search}
+    environment = {**os.environ, **variables, "PYTHONUNBUFFERED": "1", "PYTHONPATH": search}
     with _log(state_dir, role).open("wb") as log:
         process = subprocess.Popen(command, cwd=state_dir, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
     _pid(state_dir, role).write_text(str(process.pid))

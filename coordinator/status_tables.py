@@ -31,6 +31,7 @@ def _workers(report: dict[str, Any]) -> Table:
         stats = row["stats"]
         pages = "/".join(str(stats.get(f"{name}_pages", 0)) for name in ("held", "cached", "free"))
         marks = [f"{row['engine'].upper()} engine"] if row["engine"] != "model" else []
+        marks += ["MPS"] if row["mps"] else []
         marks += [row["state"]] if row["state"] != "serving" else []
         role = f"{row['role']} ({', '.join(marks)})" if marks else row["role"]
         lease = f"{row['lease_left_s']:.1f} s" if row["alive"] else "lapsed"

@@ -20,6 +20,7 @@ from coordinator.store import Blame, Store
 from coordinator.subjects import model_token
 from coordinator.tasks import end
 from coordinator.tokenizer import Tokenizer
+from workers import mps
 from workers.active_job import Phase
 from workers.emitter import Emitter
 from workers.engine_link import EngineCommands
@@ -59,6 +60,7 @@ class Incarnation:
         self._bus = bus
         self._store = store
         self._cancelled = RecentIds(MAX_REMEMBERED_CANCELS)
+        self.mps = str(mps.daemon_folder() or "") if ready.device.startswith("cuda") else ""
         self._model = model_token(settings.engine.model_name)
         self._tasks: list[asyncio.Task[None]] = []
         self._is_draining = False
@@ -121,6 +123,7 @@ class Incarnation:
     def _info(self) -> dict[str, Any]:
         engine, stats, layout = self._settings.engine, self.stats, self._ready.layout
         return {"role": engine.role, "engine": engine.engine, "model": self._model, "host": socket.gethostname(), "pid": os.getpid(),
+                "device": self._ready.device, "kv_transfer": engine.kv_transfer, "mps": self.mps,
                 "state": "draining" if self._is_draining else "serving", "step_s": round(self._clock.step_s, 4),
                 "layout": {name: getattr(layout, name) for name in layout.__slots__},
                 "stats": {name: getattr(stats, name) for name in stats.__slots__},

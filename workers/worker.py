@@ -152,8 +152,9 @@ class Worker:
             return
         self._incarnation = life
         kind = "MOCK engine, " if ready.device == "mock" else ""
-        print(f"{life.me.role} worker {life.me.owner} ready: {kind}{self._settings.engine.model_name}, {ready.max_total_tokens} KV tokens",
-              file=sys.stderr, flush=True)
+        under = f", under MPS ({life.mps})" if life.mps else ""
+        print(f"{life.me.role} worker {life.me.owner} ready: {kind}{self._settings.engine.model_name}, {ready.max_total_tokens} KV tokens"
+              f"{under}", file=sys.stderr, flush=True)
         endings = [asyncio.create_task(event.wait()) for event in (self._stopping, life.over, self._orders.came)]
         await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
         for task in endings:

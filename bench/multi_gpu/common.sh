@@ -28,6 +28,16 @@ need_gpus() {
     nvidia-smi topo -m 2>/dev/null | sed -n '1,/^$/p'
 }
 
+# has_gpus N: whether the machine has as many; a dry run has any number.
+has_gpus() {
+    [ -n "$DRY_RUN" ] || [ "$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | wc -l)" -ge "$1" ]
+}
+
+# serve FLAGS…: the flags that every process of a farm gets, beside those of a dry run, in one string.
+serve() {
+    echo "${DRY_RUN:+--num_threads 1} $*"
+}
+
 # step NAME COMMAND…: a step that fails is told about at the end and does not keep the others from being taken.
 step() {
     local name=$1 began=$SECONDS

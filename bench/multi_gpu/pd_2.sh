@@ -23,12 +23,6 @@ if [ -n "$DRY_RUN" ]; then
           --load_workers 1 --kill_after_s 0.3 --serve_flags "--num_threads 1 --page_size 16")
     PAIR=(--pair cpu --tokens 256)
 fi
-serve() { # the flags that every process of the farm gets, beside those of a dry run
-    local given=""
-    [ -n "$DRY_RUN" ] && given="--num_threads 1"
-    echo "$given $*"
-}
-
 [[ $STEPS == *transfers* ]] && step "transfers" "$PYTHON" -m bench.kv_transfer "${PAIR[@]}" --out "$OUT"
 farm() { # WAY MODE FLAGS…
     local way=$1 mode=$2
