@@ -209,6 +209,7 @@ class Stats:
     waiting: Count
     importing: Count
     free_tokens: Count
+    pending_tokens: Count = 0   # of prompts, not computed yet
 
 
 Command = AddSequence | ImportSequence | Activate | Cancel | ReleasePin | TellBlocks | Ping | Shutdown

@@ -51,6 +51,7 @@ class Incarnation:
                  store: Store) -> None:
         self.over = asyncio.Event()     # others took over: nothing of this life may be used any more
         self.stats = stats
+        self._standing_tokens = 0       # the least that was pending since the last renewal: what comes and goes is no backlog
         self._settings = settings
         self._ready = ready
         self._engine = engine
@@ -111,10 +112,11 @@ class Incarnation:
 
     def _info(self) -> dict[str, Any]:
         engine, stats, layout = self._settings.engine, self.stats, self._ready.layout
+        standing_tokens, self._standing_tokens = self._standing_tokens, stats.pending_tokens
         return {"role": engine.role, "engine": engine.engine, "model": self._model, "host": socket.gethostname(), "pid": os.getpid(),
                 "layout": {name: getattr(layout, name) for name in layout.__slots__},
                 "stats": {name: getattr(stats, name) for name in stats.__slots__},
-                "lanes": self._lanes, "waiting_tokens": self.jobs.num_waiting_tokens if hasattr(self, "jobs") else 0,
+                "lanes": self._lanes, "standing_tokens": standing_tokens,
                 "max_num_seqs": self._ready.max_num_seqs, "max_total_tokens": self._ready.max_total_tokens,
                 "max_seq_len": self._ready.max_seq_len,
                 "finished": self.jobs.num_finished if hasattr(self, "jobs") else 0}
@@ -159,6 +161,7 @@ class Incarnation:
                 self.jobs.on_tokens(event)
             case Stats():
                 self.stats = event
+                self._standing_tokens = min(self._standing_tokens, event.pending_tokens)
                 self.jobs.on_change()
             case Blocks() if self._teller is not None:
                 self._teller.on_blocks(event)
