@@ -6,6 +6,7 @@ import sys
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("coordinator.serve", "start a farm, or one part of it (--run_mode)"),
     "status": ("coordinator.status", "who is alive, what is queued, what is held"),
+    "queue": ("coordinator.queue_cli", "show or stop the queue that a config server or pd_master left running"),
     "batch": ("producers.batch_cli", "submit, watch and fetch a file of requests; pipe prompts through the farm"),
     "jobs": ("coordinator.jobs_cli", "what became of a job; stop one"),
     "dlq": ("coordinator.dlq_cli", "dead letters: list, show, replay, drop"),

@@ -63,10 +63,11 @@ async def _ask(target: Target, prompts: Prompts, num: int, waits: Waits) -> None
 
 async def _begin(http: httpx.AsyncClient, prompts: Prompts) -> str:
     parameters = {"max_new_tokens": BATCH_TOKENS, "ignore_eos": True}
-    lines = [{"custom_id": str(i), "method": "POST", "url": "/generate",
-              "body": {"inputs": prompts.item(BATCH_PROMPT, BATCH_TOKENS).prompt_ids, "parameters": parameters}} for i in range(BATCH_LINES)]
-    content = b"".join(orjson.dumps(line) + b"\n" for line in lines)
-    file = (await http.post("/v1/files", data={"purpose": "batch"}, files={"file": ("bench.jsonl", content)})).raise_for_status().json()
+    bodies = [{"inputs": prompts.item(BATCH_PROMPT, BATCH_TOKENS).prompt_ids, "parameters": parameters} for _ in range(BATCH_LINES)]
+    content = b"".join(orjson.dumps({"custom_id": str(i), "method": "POST", "url": "/generate", "body": body}) + b"\n"
+                       for i, body in enumerate(bodies))
+    upload = {"file": ("bench.jsonl", content)}
+    file = (await http.post("/v1/files", data={"purpose": "batch"}, files=upload)).raise_for_status().json()
     asked = {"input_file_id": file["id"], "endpoint": "/generate", "completion_window": "24h"}
     batch_id: str = (await http.post("/v1/batches", json=asked)).raise_for_status().json()["id"]
     while (await _state(http, batch_id))[1] == 0:   # until it has answers, and has filled its slots

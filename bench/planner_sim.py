@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from coordinator.planner import Hysteresis, Objectives, Snapshot, WorkerLoad, propose
 from rich.console import Console
 
 from bench.machine import describe_machine, machine_line
@@ -20,7 +21,6 @@ from bench.report import Row, render_table, write_report
 from bench.summary import percentile
 from bench.virtual_farm import VirtualClock, VirtualJob
 from bench.virtual_pd import PdFarm, PdWorker
-from coordinator.planner import Hysteresis, Objectives, Snapshot, WorkerLoad, propose
 from workers.mock_costs import MockCosts
 
 RESULTS = Path("bench/results/planner_sim")

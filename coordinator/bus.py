@@ -122,7 +122,7 @@ class Bus(JetStream):
             if owner == model and klass in CLASSES:
                 pending[klass] += int(info["num_pending"])
                 ack_pending[klass] += int(info["num_ack_pending"])
-        handoff = await self._consumer_info(subjects.HANDOFF, subjects.handoff_consumer(model))
+        handoff = [await self._consumer_info(subjects.HANDOFF, subjects.handoff_consumer(model, lane)) for lane in subjects.handoff_lanes()]
         jobs_depth = await self._depths(subjects.JOBS, f"jobs.{model}.>")
         handoff_depth = await self._depths(subjects.HANDOFF, f"handoff.{model}.>")
         dlq_depth = await self._depths(subjects.DLQ, subjects.dead_letter(model))
@@ -131,8 +131,8 @@ class Bus(JetStream):
             "jobs_pending": pending,
             "jobs_ack_pending": ack_pending,
             "handoff": sum(handoff_depth.values()),
-            "handoff_pending": int(handoff["num_pending"]),
-            "handoff_ack_pending": int(handoff["num_ack_pending"]),
+            "handoff_pending": sum(int(info["num_pending"]) for info in handoff),
+            "handoff_ack_pending": sum(int(info["num_ack_pending"]) for info in handoff),
             "dlq": sum(dlq_depth.values()),
         }
 

@@ -16,11 +16,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Protocol, Self, TypeVar
+from urllib.parse import urlsplit
 
 import nats.errors
 from nats.aio.client import Client
 
 from coordinator.errors import PayloadTooLarge, Unavailable
+from coordinator.queue_users import inbox_of
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -146,7 +148,7 @@ class Connection:
                 await self._client.connect(
                     servers=self._url.split(","), name=name, error_cb=self._report_error, disconnected_cb=self._lost,
                     reconnected_cb=self._restored, closed_cb=self._closed_for_good, max_reconnect_attempts=-1,
-                    reconnect_time_wait=0.25, ping_interval=10)
+                    reconnect_time_wait=0.25, ping_interval=10, inbox_prefix=inbox_of(urlsplit(self._url.split(",")[0]).username or ""))
         except TimeoutError:
             self._is_closing = True
             await self._client.close()

@@ -5,7 +5,7 @@
       nats/                 nats.conf, server.log, jetstream/
       valkey/               valkey.conf, server.log, appendonlydir/
 
-Servers listen on loopback only. They end with the process that started them, SIGKILL included (server_guard.py).
+Servers listen on loopback unless another address is given. They end with the process that started them, SIGKILL included (server_guard.py).
 """
 
 import asyncio
@@ -17,10 +17,12 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from coordinator import server_binaries
+from coordinator import queue_users, server_binaries
 from coordinator.errors import ConfigError
 from coordinator.server_process import GuardedProcess
 from coordinator.subjects import MAX_PAYLOAD_BYTES
@@ -33,20 +35,38 @@ FREE_PORT_TRIES = 5
 ExitCallback = Callable[[str, int], None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """Who may reach the servers: the address they bind, and the passwords of their users by role (none: no users).
+
+    tls_cert, tls_key   NATS then speaks TLS only. (The wheels' Valkey cannot: TLS for Redis needs a server of your own.)
+    """
+
+    host: str = HOST
+    passwords: dict[str, str] = field(default_factory=dict)
+    tls_cert: str = ""
+    tls_key: str = ""
+
+    @property
+    def probe_host(self) -> str:
+        return HOST if self.host in ("0.0.0.0", "::") else self.host
+
+
 class _Server:
     """What both servers share: start on a port that stays the same, become ready, end."""
 
     name: str
     scheme: str
 
-    def __init__(self, folder: Path, port: int, on_exit: ExitCallback | None) -> None:
-        self.folder, self.port, self._on_exit = folder, port, on_exit
+    def __init__(self, folder: Path, port: int, on_exit: ExitCallback | None, access: "Access") -> None:
+        self.folder, self.port, self._on_exit, self._access = folder, port, on_exit, access
         self._lock_fd = -1
         self._process: GuardedProcess | None = None
 
     @property
     def url(self) -> str:
-        return f"{self.scheme}://{HOST}:{self.port}"
+        """Where this machine's own processes reach it, without a user."""
+        return f"{self.scheme}://{self._access.probe_host}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -101,7 +121,7 @@ class _Server:
     def _ask(self, request: bytes, until: bytes) -> bytes:
         """One answer from the server's port; empty while nobody listens. Costs one short connection."""
         answer = b""
-        with contextlib.suppress(OSError), socket.create_connection((HOST, self.port), timeout=1.0) as connection:
+        with contextlib.suppress(OSError), socket.create_connection((self._access.probe_host, self.port), timeout=1.0) as connection:
             connection.sendall(request)
             while until not in answer and (received := connection.recv(65536)):
                 answer += received
@@ -113,8 +133,8 @@ class NatsServer(_Server):
 
     name, scheme = "nats-server", "nats"
 
-    def __init__(self, folder: Path, port: int, monitor_port: int | None, on_exit: ExitCallback | None) -> None:
-        super().__init__(folder, port, on_exit)
+    def __init__(self, folder: Path, port: int, monitor_port: int | None, on_exit: ExitCallback | None, access: Access) -> None:
+        super().__init__(folder, port, on_exit, access)
         self._monitor_port = monitor_port
 
     def _launch(self) -> None:
@@ -122,7 +142,7 @@ class NatsServer(_Server):
         for stale in self.folder.glob("*.ports"):
             stale.unlink()
         config = self.folder / "nats.conf"
-        config.write_text(self._config(server_name), encoding="utf-8")
+        _write_private(config, self._config(server_name))
         process = self._run([str(server_binaries.nats_server().path), "-c", str(config)])
         if self.port == 0:
             self._wait_until(lambda: self._read_port(process.pid))
@@ -130,8 +150,13 @@ class NatsServer(_Server):
         self._wait_until(lambda: f'"server_name":"{server_name}"'.encode() in self._ask(b"", until=b"\r\n"))
 
     def _config(self, server_name: str) -> str:
-        settings = {"listen": f"{HOST}:{self.port or -1}", "server_name": server_name, "max_payload": MAX_PAYLOAD_BYTES,
-                    "ports_file_dir": str(self.folder), "jetstream": {"store_dir": str(self.folder)}}
+        settings: dict[str, Any] = {
+            "listen": f"{self._access.host}:{self.port or -1}", "server_name": server_name, "max_payload": MAX_PAYLOAD_BYTES,
+            "ports_file_dir": str(self.folder), "jetstream": {"store_dir": str(self.folder)}}
+        if self._access.passwords:
+            settings["authorization"] = queue_users.nats_authorization(self._access.passwords)
+        if self._access.tls_cert:
+            settings["tls"] = {"cert_file": self._access.tls_cert, "key_file": self._access.tls_key}
         if self._monitor_port is not None:
             settings["http"] = f"{HOST}:{self._monitor_port or -1}"
         return json.dumps(settings, indent=2, ensure_ascii=False)   # NATS reads JSON, but no \u escapes
@@ -156,7 +181,7 @@ class ValkeyServer(_Server):
             if picks_port:
                 self.port = _free_port()
             config = self.folder / "valkey.conf"
-            config.write_text(self._config(), encoding="utf-8")
+            _write_private(config, self._config())
             process = self._run([str(server_binaries.redis_server().path), str(config)])
             try:
                 self._wait_until(lambda pid=process.pid: self._is_ready(pid))  # type: ignore[misc]
@@ -168,13 +193,17 @@ class ValkeyServer(_Server):
 
     def _is_ready(self, pid: int) -> bool:
         """It is our process that answers, and it has loaded its data."""
-        state = self._ask(b"INFO server persistence\r\nQUIT\r\n", until=b"+OK")
+        password = self._access.passwords.get("operator", "")
+        login = f"AUTH operator {password}\r\n".encode() if password else b""
+        state = self._ask(login + b"INFO server persistence\r\nPING\r\n", until=b"+PONG")
         return f"process_id:{pid}\r".encode() in state and b"\nloading:0\r" in state
 
     def _config(self) -> str:
         return "\n".join([
-            f"bind {HOST}", f"port {self.port}", f"dir {json.dumps(str(self.folder), ensure_ascii=False)}", "daemonize no",
-            'save ""', "appendonly yes", "appendfsync everysec", "maxmemory-policy noeviction", ""])
+            f"bind {self._access.host}", f"port {self.port}", f"dir {json.dumps(str(self.folder), ensure_ascii=False)}", "daemonize no",
+            'save ""', "appendonly yes", "appendfsync everysec", "maxmemory-policy noeviction",
+            # Without passwords and off loopback (--insecure was said), Valkey would refuse everybody but this machine.
+            *(queue_users.valkey_lines(self._access.passwords) if self._access.passwords else ["protected-mode no"]), ""])
 
 
 class EmbeddedServices:
@@ -185,15 +214,17 @@ class EmbeddedServices:
     nats_monitor_port   None: no monitoring port; 0: any
     on_exit          called with (server's name, exit code) from another thread when a server ends by itself;
                      `services.nats.start()` or `services.redis.start()` bring it back on the same port with its data
+    access           who may reach them (default: this machine, without passwords)
 
     start() raises ConfigError: no server binary, port taken, state directory in use or not writable.
     """
 
     def __init__(self, state_dir: Path | str, nats_port: int = 0, redis_port: int = 0, *, nats_monitor_port: int | None = None,
-                 on_exit: ExitCallback | None = None) -> None:
+                 on_exit: ExitCallback | None = None, access: Access | None = None) -> None:
         self.state_dir = Path(state_dir).absolute()
-        self.nats = NatsServer(self.state_dir / "nats", nats_port, nats_monitor_port, on_exit)
-        self.redis = ValkeyServer(self.state_dir / "valkey", redis_port, on_exit)
+        access = access or Access()
+        self.nats = NatsServer(self.state_dir / "nats", nats_port, nats_monitor_port, on_exit, access)
+        self.redis = ValkeyServer(self.state_dir / "valkey", redis_port, on_exit, access)
         self._lock_fd: int | None = None
 
     @property
@@ -287,6 +318,12 @@ def _is_alive(pid: str) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _write_private(path: Path, text: str) -> None:
+    """It may have passwords in it."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _free_port() -> int:

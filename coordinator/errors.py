@@ -13,6 +13,7 @@
     ├── JobFailed             a job ended otherwise than with its whole answer (job_id, reason, error)
     ├── PagesExhausted        a sequence can never fit the KV pool (needed, free)
     └── ConfigError           a flag, a file or the environment is wrong: nothing was started
+        └── FarmMismatch      this worker's model or cache layout is not the farm's (worker, differences)
 """
 
 
@@ -110,3 +111,14 @@ class PagesExhausted(TokenmillError):
 
 class ConfigError(TokenmillError):
     """Wrong configuration; the message names the key and the value."""
+
+
+class FarmMismatch(ConfigError):
+    """A worker that would join others of its model with other weights, dtype or pages. `differences`: field -> (its value, theirs)."""
+
+    def __init__(self, worker: str, model: str, other: str, differences: dict[str, tuple[object, object]]) -> None:
+        said = "; ".join(f"{name} here {mine!r}, there {theirs!r}" for name, (mine, theirs) in differences.items())
+        super().__init__(f"{worker} cannot join the farm as a worker of {model!r}: it differs from {other} in {said}. Give both the same "
+                         "--model_dir, --data_type and --page_size, or this one a --model_name of its own")
+        self.worker = worker
+        self.differences = differences

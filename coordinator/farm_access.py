@@ -1,14 +1,15 @@
-"""How the commands of an operator find a farm: by one of its REST shims, or by the URLs of NATS and Redis."""
+"""How the commands of an operator find a farm: by one of its doors (REST shim, config server), or by the URLs of NATS and Redis."""
 
 import argparse
 import contextlib
-import json
 import os
-import urllib.request
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
+from coordinator.bootstrap import Doors, ask
 from coordinator.bus import Bus
+from coordinator.cluster_token import ENV
 from coordinator.errors import ConfigError, Unavailable
 from coordinator.store import Store
 from coordinator.subjects import model_token
@@ -24,7 +25,8 @@ class FarmAccess:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", default="http://127.0.0.1:8088", help="a REST shim of the farm (default: %(default)s)")
+    parser.add_argument("--url", default="http://127.0.0.1:8088", help="a REST shim or a config server of the farm (default: %(default)s)")
+    parser.add_argument("--tls_ca", default="", help="CA of its certificate, for https")
     parser.add_argument("--nats_url", default="", help="ask NATS and Redis directly, without a shim")
     parser.add_argument("--redis_url", default="")
     parser.add_argument("--model_name", default="", help="with --nats_url; else the shim's (default: default_model_name)")
@@ -36,7 +38,7 @@ async def reach(flags: argparse.Namespace) -> AsyncIterator[FarmAccess]:
     if bool(flags.nats_url) != bool(flags.redis_url):
         raise ConfigError("--nats_url and --redis_url go together: give both or neither")
     found = ({"nats_url": flags.nats_url, "redis_url": flags.redis_url, "model_name": flags.model_name or "default_model_name"}
-             if flags.nats_url else _ask_shim(flags.url))
+             if flags.nats_url else _ask_door(flags))
     store = Store(found["redis_url"])
     try:
         async with await Bus.connect(found["nats_url"], name="tokenmill-cli") as bus:
@@ -45,16 +47,24 @@ async def reach(flags: argparse.Namespace) -> AsyncIterator[FarmAccess]:
         await store.close()
 
 
-def with_key(url: str) -> urllib.request.Request:
-    """A request that shows the operator's API key, if the environment has one."""
-    key = os.environ.get("TOKENMILL_API_KEY", "")
-    return urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
+def doors_of(url: str, flags: argparse.Namespace) -> Doors:
+    """A door by its URL. Raises ConfigError for what is not one."""
+    parts = urlsplit(url if "//" in url else f"http://{url}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"--url {url}: must be http://HOST:PORT or https://HOST:PORT")
+    ca = (flags.tls_ca or os.environ.get("TOKENMILL_TLS_CA", "")) if parts.scheme == "https" else ""
+    if parts.scheme == "https" and not ca:
+        raise ConfigError(f"--url {url}: give --tls_ca, the CA of its certificate")
+    return Doors(addresses=(parts.netloc,), flags="--url", token=os.environ.get(ENV, ""), api_key=os.environ.get("TOKENMILL_API_KEY", ""),
+                 tls_ca=ca)
 
 
-def _ask_shim(url: str) -> dict[str, str]:
+def _ask_door(flags: argparse.Namespace) -> dict[str, str]:
+    doors = doors_of(flags.url, flags)
     try:
-        with urllib.request.urlopen(with_key(f"{url}/bootstrap"), timeout=3.0) as reply:
-            body: dict[str, str] = json.load(reply)
-            return body
-    except (OSError, ValueError) as error:
-        raise Unavailable(f"no REST shim at {url} ({error}); give --url, or --nats_url and --redis_url") from None
+        found: dict[str, str] = ask(doors, doors.addresses[0], "/bootstrap?role=operator")
+    except Unavailable as error:
+        raise Unavailable(f"no REST shim or config server at {flags.url} ({error}); give --url, or --nats_url and --redis_url") from None
+    if not (flags.model_name or found.get("model_name")):
+        raise ConfigError(f"{flags.url} serves no model yet, or several: give --model_name")
+    return found

@@ -64,7 +64,9 @@ def consumers(model: str) -> list[ConsumerSettings]:
     """The consumers of one model's lanes that any worker serves."""
     jobs = [ConsumerSettings(stream=subjects.JOBS, name=subjects.jobs_consumer(model, klass, lane),
                              filter_subject=subjects.jobs(model, klass, lane)) for klass in CLASSES for lane in subjects.job_lanes()]
-    return [*jobs, ConsumerSettings(stream=subjects.HANDOFF, name=subjects.handoff_consumer(model), filter_subject=subjects.handoff(model))]
+    handoff = [ConsumerSettings(stream=subjects.HANDOFF, name=subjects.handoff_consumer(model, lane),
+                                filter_subject=subjects.handoff(model, lane)) for lane in subjects.handoff_lanes()]
+    return [*jobs, *handoff]
 
 
 def lane_consumers(model: str, lane: str) -> list[ConsumerSettings]:

@@ -2,23 +2,21 @@
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from coordinator import lifeline, serve_flags
-from coordinator.embedded import EmbeddedServices
+from coordinator import cluster_token, lifeline, serve_flags, serve_ranks
 from coordinator.errors import ConfigError, TokenmillError
-from coordinator.farm_access import with_key
+from coordinator.rendezvous import PEER_STATUS
+from coordinator.serve_queue import FarmQueue, find_queue
 
 POLL_S = 0.1
 MAX_FAST_DEATHS = 3          # a child that dies this often within FAST_S each is a fault that a restart does not heal
@@ -29,15 +27,16 @@ STOP_GRACE_S = 10.0
 class Child:
     """One supervised process: started on a lifeline, restarted when it dies."""
 
-    def __init__(self, name: str, module: str, args: list[str]) -> None:
+    def __init__(self, name: str, module: str, args: list[str], environment: dict[str, str]) -> None:
         self.name = name
         self._module = module
         self._args = args
+        self._environment = environment
         self._deaths: list[float] = []
         self.start()
 
     def start(self) -> None:
-        self.process, self._lifeline = lifeline.spawn(self._module, self._args)
+        self.process, self._lifeline = lifeline.spawn(self._module, self._args, environment=self._environment)
 
     def restart_if_dead(self) -> None:
         """Raises TokenmillError when it keeps dying."""
@@ -45,6 +44,9 @@ class Child:
         if status is None:
             return
         os.close(self._lifeline)
+        if status in PEER_STATUS.values():  # its group broke, since another rank ended: that one's supervisor counts
+            self.start()
+            return
         now = time.monotonic()
         self._deaths = [at for at in self._deaths if now - at < FAST_S] + [now]
         if len(self._deaths) >= MAX_FAST_DEATHS or status == 2:
@@ -91,11 +93,13 @@ def serve(flags: argparse.Namespace) -> int:
         signal.signal(number, _raise_stop)
     with contextlib.ExitStack() as stack:
         try:
-            nats_url, redis_url = _servers(flags, stack)
             port = _rest_port(flags)
-            children = _start_children(flags, nats_url, redis_url, port, stack)
+            queue = find_queue(flags, _state_dir(flags), stack)
+            desk = serve_ranks.open_desk(flags, queue.urls.nats_url, queue.urls.redis_url, stack)
+            children = _start_children(flags, queue, port, desk, stack)
             _announce(flags, children, port)
             while True:
+                queue.watch()
                 for child in children:
                     child.restart_if_dead()
                 time.sleep(POLL_S)
@@ -109,63 +113,28 @@ def _raise_stop(number: int, frame: FrameType | None) -> None:
     raise Stop
 
 
-def _servers(flags: argparse.Namespace, stack: contextlib.ExitStack) -> tuple[str, str]:
-    """URLs of NATS and Redis: given, asked from the pd_master, or started here."""
-    if flags.nats_url:
-        return flags.nats_url, flags.redis_url
-    if flags.run_mode in ("prefill", "decode"):
-        return _ask_master(flags.pd_master_ip, flags.pd_master_port)
-    state_dir = _state_dir(flags)
-
-    def restart(name: str, status: int) -> None:
-        print(f"{name} ended with status {status}: started again", file=sys.stderr, flush=True)
-        (services.nats if name == services.nats.name else services.redis).start()
-
-    services = EmbeddedServices(state_dir, flags.nats_port, flags.redis_port, on_exit=restart)
-    stack.enter_context(services)
-    return services.nats_url, services.redis_url
-
-
 def _state_dir(flags: argparse.Namespace) -> Path:
-    return Path(flags.state_dir or f"state/{flags.run_mode}-{flags.port}")
-
-
-def _ask_master(host: str, port: int) -> tuple[str, str]:
-    """Wait for the pd_master and ask where the queue is. Raises Stop on a signal meanwhile."""
-    url = f"http://{host}:{port}/bootstrap"
-    told = False
-    while True:
-        try:
-            with urllib.request.urlopen(with_key(url), timeout=2.0) as reply:
-                body: dict[str, Any] = json.load(reply)
-                return body["nats_url"], body["redis_url"]
-        except urllib.error.HTTPError as error:
-            if error.code in (401, 403):
-                raise ConfigError(f"{url} wants a trusted API key: set TOKENMILL_API_KEY (tokenmill keys create --trusted)") from None
-            raise ConfigError(f"{url} answered {error.code}: --pd_master_ip and --pd_master_port must name a tokenmill pd_master") from None
-        except (OSError, ValueError, KeyError) as error:
-            if not told:
-                print(f"waiting for a pd_master at {url} ({error}); its address is given by --pd_master_ip and --pd_master_port",
-                      file=sys.stderr, flush=True)
-                told = True
-            time.sleep(0.5)
+    port = flags.config_server_port if flags.run_mode == "config_server" else flags.port
+    return Path(flags.state_dir or f"state/{flags.run_mode}-{port}")
 
 
 def _rest_port(flags: argparse.Namespace) -> int:
-    """A port for the REST shim; taken is an error before anything heavy starts."""
-    if flags.run_mode not in ("normal", "pd_master"):
+    """A port for the REST shim or the config server; taken is an error before anything heavy starts."""
+    if flags.run_mode not in ("normal", "pd_master", "config_server") or serve_ranks.is_other_node(flags):
         return 0
+    prefix = "config_server_" if flags.run_mode == "config_server" else ""
+    host, port = getattr(flags, f"{prefix}host"), getattr(flags, f"{prefix}port")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((flags.host, flags.port))
+            probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(f"--host {flags.host} --port {flags.port}: {error.strerror}") from None
+            raise ConfigError(f"--{prefix}host {host} --{prefix}port {port}: {error.strerror}") from None
         bound: int = probe.getsockname()[1]
         return bound
 
 
-def _start_children(flags: argparse.Namespace, nats_url: str, redis_url: str, port: int, stack: contextlib.ExitStack) -> list[Child]:
+def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, desk: str, stack: contextlib.ExitStack) -> list[Child]:
     children: list[Child] = []
 
     def stop_all() -> None:
@@ -183,19 +152,30 @@ def _start_children(flags: argparse.Namespace, nats_url: str, redis_url: str, po
             child.wait(deadline)
 
     stack.callback(stop_all)
-    common = ["--nats_url", nats_url, "--redis_url", redis_url, "--model_dir", flags.model_dir, "--model_name", flags.model_name,
+    # URLs may carry passwords, and the token is one: neither belongs into a command line that everybody on the machine can read.
+    environment = {**os.environ, "TOKENMILL_NATS_URL": queue.urls.nats_url, "TOKENMILL_REDIS_URL": queue.urls.redis_url,
+                   cluster_token.ENV: flags.cluster_token, "TOKENMILL_TLS_CA": flags.tls_ca}
+    record = ["--queue_record", str(queue.record_path)] if queue.record_path is not None else []
+    if flags.run_mode == "config_server":
+        children.append(Child("config server", "coordinator.config_server", [
+            "--host", flags.config_server_host, "--port", str(port), "--record", str(queue.record_path), "--tls_cert", flags.tls_cert,
+            "--tls_key", flags.tls_key, "--log_level", flags.log_level], environment))
+        return children
+    common = ["--model_dir", flags.model_dir, "--model_name", flags.model_name,
               "--max_req_total_len", str(flags.max_req_total_len), "--max_queued", str(flags.max_queued), "--prefix_affinity",
               flags.prefix_affinity, "--disagg_min_tokens", str(flags.disagg_min_tokens), "--log_level", flags.log_level]
-    if flags.run_mode in ("normal", "pd_master"):
+    if port:
         children.append(Child("REST shim", "producers.rest", [
             *common, "--host", flags.host, "--port", str(port), "--max_body_bytes", str(flags.max_body_bytes),
             "--max_queued_tokens", str(flags.max_queued_tokens), "--max_tenant_jobs", str(flags.max_tenant_jobs),
             "--max_tenant_tokens", str(flags.max_tenant_tokens), "--api_keys_file", flags.api_keys_file,
             "--files_dir", flags.files_dir or str(_state_dir(flags) / "files"),
-            "--cors_origins", flags.cors_origins, *(["--insecure"] if flags.insecure else [])]))
+            "--cors_origins", flags.cors_origins, "--tls_cert", flags.tls_cert, "--tls_key", flags.tls_key, *record,
+            *(["--insecure"] if flags.insecure else [])], environment))
     if flags.run_mode in ("normal", "prefill", "decode"):
         role = "both" if flags.run_mode == "normal" else flags.run_mode
-        children.append(Child(f"{role} worker", "workers.worker", [*common, *_worker_args(flags, role)]))
+        for name, module, args in serve_ranks.processes(flags, role, [*common, *_worker_args(flags, role)], desk):
+            children.append(Child(name, module, args, environment))
     return children
 
 
@@ -210,16 +190,23 @@ def _worker_args(flags: argparse.Namespace, role: str) -> list[str]:
 
 def _announce(flags: argparse.Namespace, children: list[Child], port: int) -> None:
     """Wait until requests are answered, then say so, with a line to paste."""
-    if flags.run_mode in ("prefill", "decode"):
+    if not port:
         return  # the worker says itself when it is ready
-    url = f"http://{flags.host}:{port}"
-    path = "/readiness" if flags.run_mode == "normal" else "/liveness"
+    host = flags.config_server_host if flags.run_mode == "config_server" else flags.host
+    url = f"{'https' if flags.tls_cert else 'http'}://{host}:{port}"
+    path = "/liveness" if flags.run_mode == "pd_master" else "/readiness"
     while not _answers(url + path):
         for child in children:
             child.restart_if_dead()
         time.sleep(POLL_S)
+    if flags.run_mode == "config_server":
+        print(f"\nconfig_server ready: {url}\npd_master, prefill and decode join with  --config_server_host {host} "
+              f"--config_server_port {port}\n", flush=True)
+        return
     if flags.run_mode == "pd_master":
-        print(f"\npd_master ready: {url}\nworkers join with  --pd_master_ip {flags.host} --pd_master_port {port}\n", flush=True)
+        joining = (f"--config_server_host {flags.config_server_host} --config_server_port {flags.config_server_port}"
+                   if flags.config_server_host else f"--pd_master_ip {host} --pd_master_port {port}")
+        print(f"\npd_master ready: {url}\nworkers join with  {joining}\n", flush=True)
         return
     print(f"\ntokenmill ready: {url}\n\n  curl {url}/generate -H 'Content-Type: application/json' \\\n"
           "       -d '{\"inputs\": \"What is AI?\", \"parameters\": {\"max_new_tokens\": 17, \"frequency_penalty\": 1}}'\n\n"
@@ -228,7 +215,8 @@ def _announce(flags: argparse.Namespace, children: list[Child], port: int) -> No
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2.0) as reply:
+        # Our own door: what its certificate says is for others to check.
+        with urllib.request.urlopen(url, timeout=2.0, context=ssl._create_unverified_context()) as reply:
             return bool(reply.status == 200)
     except OSError:
         return False

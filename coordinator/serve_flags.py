@@ -1,16 +1,17 @@
 """`tokenmill serve`: every flag, what it means, and which this version refuses. Names and defaults are LightLLM's where it has them."""
 
 import argparse
-import ipaddress
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from coordinator import group_plan, serve_doors, serve_ranks
+from coordinator.cluster_token import ENV, LEAST_CHARS, is_loopback
 from coordinator.errors import ConfigError
 
-RUN_MODES = ("normal", "pd_master", "prefill", "decode")
-PD_MASTER_PORT = 1212
+RUN_MODES = ("normal", "config_server", "pd_master", "prefill", "decode")
+CONFIG_SERVER_PORT = 60088
 
 EPILOG = """\
 examples
@@ -18,10 +19,14 @@ examples
   tokenmill serve --run_mode pd_master --model_dir DIR --port 60011
   tokenmill serve --run_mode prefill   --model_dir DIR --pd_master_ip 127.0.0.1 --pd_master_port 60011
   tokenmill serve --run_mode decode    --model_dir DIR --pd_master_ip 127.0.0.1 --pd_master_port 60011
+  tokenmill serve --run_mode config_server --config_server_host 127.0.0.1 --config_server_port 60088
+  tokenmill serve --run_mode pd_master     --model_dir DIR --port 60012 --config_server_host 127.0.0.1 --config_server_port 60088
 
 environment
-  LOADWORKER=N   threads that load weights      MOE_MODE=TP   KV_TRANS_USE_P2P=1   as LightLLM names them
-  TOKENMILL_API_KEY=tm-…   a trusted key, for workers and commands that ask a pd_master which wants keys
+  LOADWORKER=N   threads that load weights      MOE_MODE=TP|EP   KV_TRANS_USE_P2P=1   as LightLLM names them
+  TOKENMILL_CLUSTER_TOKEN=…   the secret that all processes of a farm share; --cluster_token_file reads it from a file
+  TOKENMILL_API_KEY=tm-…      a trusted key, for workers and commands that ask a pd_master which wants keys
+  TOKENMILL_NATS_URL, TOKENMILL_REDIS_URL   as --nats_url and --redis_url, unseen by others on the machine
 """
 
 
@@ -29,6 +34,14 @@ def parse(argv: list[str], environment: Mapping[str, str] = os.environ) -> argpa
     """Flags and environment as one namespace. Raises ConfigError for what cannot be honoured; exits with 2 on what cannot be parsed."""
     flags = _parser().parse_args(argv)
     flags.load_workers = _load_workers(environment)
+    flags.moe_mode = group_plan.moe_mode(environment)
+    flags.api_key = environment.get("TOKENMILL_API_KEY", "")
+    flags.nats_url = flags.nats_url or environment.get("TOKENMILL_NATS_URL", "")
+    flags.redis_url = flags.redis_url or environment.get("TOKENMILL_REDIS_URL", "")
+    flags.tls_ca = flags.tls_ca or environment.get("TOKENMILL_TLS_CA", "")
+    flags.cluster_token = _cluster_token(flags, environment)
+    if flags.run_mode == "config_server":
+        flags.config_server_host = flags.config_server_host or flags.host
     _refuse_what_is_not_there(flags, environment)
     return flags
 
@@ -37,8 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tokenmill serve", description="Start a farm on this machine, or one part of it.", epilog=EPILOG,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("what and where").add_argument
-    add("--run_mode", choices=[*RUN_MODES, "config_server"], default="normal",
-        help="normal: everything here. pd_master: the REST door and the queue. prefill, decode: one worker that joins a pd_master")
+    add("--run_mode", choices=RUN_MODES, default="normal",
+        help="normal: everything here. pd_master: the REST door, and the queue if there is no config server. config_server: the queue, and "
+             "where it is. prefill, decode: one worker that joins a pd_master or a config server")
     add("--model_dir", help="Hugging Face style folder: config.json, tokenizer, safetensors")
     add("--model_name", default="default_model_name", help="the name that clients see (default: %(default)s)")
     add("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
@@ -79,26 +93,40 @@ def _parser() -> argparse.ArgumentParser:
              "(default: %(default)s)")
     add("--disagg_min_tokens", type=int, default=0,
         help="prefill and decode apart: prompts with fewer tokens to compute are prefilled by decode workers (default: none)")
-    add("--tp", type=int, default=1, help="ranks of the group (this version: 1)")
-    add("--dp", type=int, default=1, help="data parallel groups (this version: 1)")
+    add("--tp", type=int, default=1, help="ranks over all nodes, one process and one GPU each (default: %(default)s)")
+    add("--dp", type=int, default=1, help="groups among them that take jobs and hold KV each for itself (default: %(default)s)")
     add("--enable_fa3", action="store_true", help="attention by the package flash_attn_interface on a Hopper GPU (not in this version: its "
         "own kernels need no flag)")
     add("--enable_mps", action="store_true", help="of LightLLM's visual service (not in this version; CUDA's MPS itself needs no flag)")
-    add("--enable_prefill_microbatch_overlap", action="store_true", help="not in this version")
-    add("--enable_decode_microbatch_overlap", action="store_true", help="not in this version")
+    add("--enable_prefill_microbatch_overlap", action="store_true",
+        help="MOE_MODE=EP: steps with prompts run as two halves, one computes while the other's tokens travel")
+    add("--enable_decode_microbatch_overlap", action="store_true", help="MOE_MODE=EP: the same for steps of decodes")
+    add("--ep_exchange", default="auto", help="MOE_MODE=EP, how tokens travel: exact, padded, deepep or auto (default: %(default)s)")
+    add("--ep_redundant_experts", type=int, default=0, help="MOE_MODE=EP: slots per rank for copies of experts in demand (default: 0)")
+    add("--ep_rebalance_steps", type=int, default=0, help="MOE_MODE=EP: steps after which experts move by load; 0: never (default: 0)")
     add("--mtp_mode", default=None, help="not in this version")
     add("--mtp_step", type=int, default=0, help="not in this version")
 
     add = parser.add_argument_group("many processes").add_argument
     add("--pd_master_ip", default="", help="prefill, decode: where the pd_master is")
-    add("--pd_master_port", type=int, default=PD_MASTER_PORT, help="its REST port (default: %(default)s)")
+    add("--pd_master_port", type=int, default=0, help="its REST port (default: 1212, 60011 or 8000, whichever answers)")
     add("--worker_id", default="", help="name of this worker in the farm (default: role and process id)")
-    add("--nnodes", type=int, default=1, help="nodes of the group (this version: 1)")
-    add("--node_rank", type=int, default=0)
-    add("--nccl_host", default="127.0.0.1", help="rendezvous of several ranks; one rank needs none")
-    add("--nccl_port", type=int, default=28765, help="rendezvous of several ranks; one rank needs none")
-    add("--config_server_host", default="", help="not in this version")
-    add("--config_server_port", type=int, default=0, help="not in this version")
+    add("--nnodes", type=int, default=1, help="nodes that the ranks are spread over, in order (default: %(default)s)")
+    add("--node_rank", type=int, default=0, help="which of them this is; node 0 has the REST port and the queue (default: %(default)s)")
+    add("--nccl_host", default="127.0.0.1", help="address of node 0, where ranks of all nodes meet (default: %(default)s)")
+    add("--nccl_port", type=int, default=0, help="port there (default: 28765; with one node any free one)")
+    add("--config_server_host", default="", help="config_server: address to bind. Others: where config servers are, several separated by "
+        "commas, each with a port of its own if it has one (a,b:60089)")
+    add("--config_server_port", type=int, default=CONFIG_SERVER_PORT, help="(default: %(default)s)")
+    add("--join", default="", help="config_server: take part in the queue of the config servers at these HOST:PORT, separated by commas")
+
+    add = parser.add_argument_group("secrets and certificates").add_argument
+    add("--cluster_token", default="", help="the secret that all processes of a farm share (better in the environment or in a file: what "
+        "stands here everybody on the machine can read)")
+    add("--cluster_token_file", default="", help="read it from the first line of this file")
+    add("--tls_cert", default="", help="certificate of this door (REST or config server); the embedded NATS then speaks TLS too")
+    add("--tls_key", default="", help="its key")
+    add("--tls_ca", default="", help="doors are asked by https and must show a certificate of this CA; also for tls:// and rediss://")
 
     add = parser.add_argument_group("limits and endings").add_argument
     add("--max_queued", type=int, default=10_000, help="jobs per class, waiting or running, before clients get 429 (default: %(default)s)")
@@ -123,25 +151,17 @@ def _load_workers(environment: Mapping[str, str]) -> int:
 
 def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[str, str]) -> None:
     refusals = {
-        "--run_mode config_server": flags.run_mode == "config_server",
-        f"--config_server_host {flags.config_server_host}": bool(flags.config_server_host),
-        f"--config_server_port {flags.config_server_port}": bool(flags.config_server_port),
-        f"--tp {flags.tp}": flags.tp != 1,
-        f"--dp {flags.dp}": flags.dp != 1,
-        f"--nnodes {flags.nnodes}": flags.nnodes != 1,
-        f"--node_rank {flags.node_rank}": flags.node_rank != 0,
         "--enable_mps": flags.enable_mps,
-        "--enable_prefill_microbatch_overlap": flags.enable_prefill_microbatch_overlap,
-        "--enable_decode_microbatch_overlap": flags.enable_decode_microbatch_overlap,
         f"--mtp_mode {flags.mtp_mode}": flags.mtp_mode is not None,
         f"--mtp_step {flags.mtp_step}": flags.mtp_step != 0,
-        f"MOE_MODE={environment.get('MOE_MODE')}": environment.get("MOE_MODE", "TP") != "TP",
     }
     for name, is_given in refusals.items():
         if is_given:
             raise ConfigError(f"{name}: this version does not have it; nothing was started")
     if flags.mock_costs and flags.engine != "mock":
         raise ConfigError("--mock_costs says how long steps of --engine mock take: there is no mock engine here")
+    if flags.engine == "mock" and (flags.tp, flags.dp, flags.nnodes) != (1, 1, 1):
+        raise ConfigError("--engine mock has no ranks: leave out --tp, --dp and --nnodes")
     if flags.disagg_min_tokens < 0:
         raise ConfigError(f"--disagg_min_tokens {flags.disagg_min_tokens}: must be a number of tokens, 0 for none")
     if flags.prefix_affinity == "on" and flags.disable_dynamic_prompt_cache:
@@ -150,22 +170,34 @@ def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[st
         raise ConfigError(f"--device {flags.device}: must be auto, cpu, cuda or cuda:N")
     if flags.engine_stall_s < 0:
         raise ConfigError(f"--engine_stall_s {flags.engine_stall_s:g}: must be a number of seconds")
-    if flags.run_mode in ("normal", "pd_master", "prefill", "decode") and not flags.model_dir:
-        raise ConfigError("--model_dir is missing: the folder with config.json, tokenizer and safetensors")
-    if flags.run_mode in ("prefill", "decode") and not flags.pd_master_ip and not (flags.nats_url and flags.redis_url):
-        raise ConfigError(f"--run_mode {flags.run_mode} needs --pd_master_ip and --pd_master_port, or --nats_url and --redis_url")
+    serve_ranks.plan_of(flags)
     if bool(flags.nats_url) != bool(flags.redis_url):
         raise ConfigError("--nats_url and --redis_url go together: give both or neither")
+    serve_doors.check(flags)
+    if flags.run_mode == "config_server":
+        return
+    if not flags.model_dir:
+        raise ConfigError("--model_dir is missing: the folder with config.json, tokenizer and safetensors")
     if not (Path(flags.model_dir) / "config.json").is_file():
         raise ConfigError(f"--model_dir {flags.model_dir}: there is no config.json in it")
     if flags.api_keys_file and not Path(flags.api_keys_file).is_file():
         raise ConfigError(f"--api_keys_file {flags.api_keys_file}: there is no such file; `tokenmill keys create` makes one")
-    if not flags.api_keys_file and not flags.insecure and not _is_loopback(flags.host):
+    is_door = flags.run_mode in ("normal", "pd_master") and not serve_ranks.is_other_node(flags)
+    if is_door and not flags.api_keys_file and not flags.insecure and not is_loopback(flags.host):
         raise ConfigError(f"--host {flags.host}: not a loopback address: give --api_keys_file (tokenmill keys create), or say --insecure")
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def _cluster_token(flags: argparse.Namespace, environment: Mapping[str, str]) -> str:
+    """From the flag, the file or the environment, in this order."""
+    if not flags.cluster_token_file:
+        token: str = flags.cluster_token or environment.get(ENV, "")
+    else:
+        try:
+            token = Path(flags.cluster_token_file).read_text().split("\n", 1)[0].strip()
+        except OSError as error:
+            raise ConfigError(f"--cluster_token_file {flags.cluster_token_file}: {error.strerror}") from None
+        if not token:
+            raise ConfigError(f"--cluster_token_file {flags.cluster_token_file}: its first line is empty")
+    if token and (len(token) < LEAST_CHARS or not token.isascii() or not token.isprintable()):
+        raise ConfigError(f"the cluster token must be at least {LEAST_CHARS} printable ASCII characters; `openssl rand -hex 24` makes one")
+    return token

@@ -66,7 +66,7 @@ def _row(view: WorkerView) -> dict[str, Any]:
     return {"worker": view.worker, "incarnation": view.incarnation, "role": view.role, "engine": info.get("engine", "model"),
             "alive": view.is_alive,
             "lease_left_s": round(view.expires_in_s, 1), "claims": view.num_owned, "host": info.get("host", ""), "pid": info.get("pid", 0),
-            "finished": info.get("finished", 0), "stats": view.stats}
+            "finished": info.get("finished", 0), "stats": view.stats, "group": info.get("group")}
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -82,6 +82,8 @@ def _show(report: dict[str, Any]) -> None:
         table.add_row(row["worker"], role, lease, str(row["claims"]), str(stats.get("running", 0)), str(stats.get("waiting", 0)),
                       str(stats.get("pinned", 0)), pages, str(row["finished"]))
     console.print(table)
+    if grouped := [row for row in report["workers"] if row["group"]]:
+        console.print(_ranks(grouped))
     rest = Table(title="queue and holdings")
     rest.add_column("what")
     rest.add_column("count", justify="right")
@@ -89,3 +91,17 @@ def _show(report: dict[str, Any]) -> None:
         if isinstance(value, int):
             rest.add_row(name, str(value))
     console.print(rest)
+
+
+def _ranks(rows: list[dict[str, Any]]) -> Table:
+    """Where each rank of the workers that have several runs."""
+    table = Table(title="ranks")
+    for name in ("worker", "tp / dp / MoE", "dp rank", "generation", "rank", "host", "pid"):
+        table.add_column(name)
+    for row in rows:
+        group = row["group"]
+        first = [row["worker"], f"{group['tp']} / {group['dp']} / {group['moe_mode']}", str(group["dp_rank"]), str(group["generation"])]
+        for rank in group["ranks"]:
+            table.add_row(*first, str(rank["rank"]), rank["host"], str(rank["pid"]))
+            first = ["", "", "", ""]
+    return table

@@ -14,6 +14,7 @@ share one hash tag, so that they live in one slot of a cluster. Time is the serv
 """
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from coordinator.errors import QueueFull, Unavailable
+from coordinator.errors import FarmMismatch, QueueFull, Unavailable
 from coordinator.store_scripts import HEAD, SCRIPTS
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 PREFIX = "{tokenmill}:"
 LEASE_S = 5.0
 JOB_TTL_S = 24 * 3600
+COMMON_LAYOUT = ("weights", "kind", "num_layers", "row", "dtype", "page_size")   # of KVLayout: equal in all workers of a model
 DONE_TTL_S = 3600
 SOCKET_TIMEOUT_S = 1.0
 REDIS_FAILURES = (RedisError, OSError, RuntimeError)   # uvloop raises RuntimeError when a connection closes under a write
@@ -153,7 +155,7 @@ class Store:
     """Leases, claims and views. Every method raises Unavailable when Redis does not answer; the caller's state is then unchanged."""
 
     def __init__(self, url: str, *, lease_s: float = LEASE_S) -> None:
-        self.url = url
+        self.url = re.sub(r"//[^/@]*@", "//", url)    # for messages
         self.lease_s = lease_s
         # Protocol 2: with 3 the library hands out idle connections that a restarted server has closed.
         pool = redis.BlockingConnectionPool.from_url(url, max_connections=32, timeout=5, socket_timeout=SOCKET_TIMEOUT_S, protocol=2,
@@ -183,10 +185,17 @@ class Store:
     async def register(self, worker: str, info: dict[str, Any]) -> tuple[int, str]:
         """A new incarnation of `worker`, alive for one lease: (its number, larger than any before; era whose floor is not known, or "").
 
-        It must stand on the roster before its first claim.
+        It must stand on the roster before its first claim. Raises FarmMismatch: a living worker of the same model has another layout.
         """
-        incarnation, floor_era = await self._call("register", [self._key("workers")], worker, msgpack.packb(info))
-        return int(incarnation), _text(floor_era)
+        state, *reply = await self._call("register", [self._key("workers")], worker, msgpack.packb(info), " ".join(COMMON_LAYOUT))
+        match _text(state):
+            case "wait":
+                raise Unavailable(f"Redis was away: others may yet say that they live; {float(reply[0]) / 1000:.1f} s to go")
+            case "differs":
+                mine, theirs = info["layout"], msgpack.unpackb(reply[1])["layout"]
+                raise FarmMismatch(worker, str(info.get("model", "")), _text(reply[0]), {
+                    name: (mine.get(name), theirs.get(name)) for name in COMMON_LAYOUT if mine.get(name) != theirs.get(name)})
+        return int(reply[0]), _text(reply[1])
 
     async def renew(self, owner: str, info: dict[str, Any]) -> RenewState:
         """`assert`: Redis lost data, say again what you own. `over`: jobs were taken from this incarnation; it ends."""

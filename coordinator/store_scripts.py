@@ -5,6 +5,7 @@ Every script gets KEYS {meta, leases, …} and ARGV {lease in ms, …}; the comm
 
 from coordinator.answer_scripts import ANSWER_SCRIPTS
 from coordinator.batch_scripts import BATCH_SCRIPTS
+from coordinator.member_scripts import MEMBER_SCRIPTS
 from coordinator.prefix_scripts import PREFIX_SCRIPTS
 
 # Head of every script: the server's clock, and the era. Another server process (restart, failover, restore) or missing meta data means
@@ -63,14 +64,30 @@ if era == ARGV[2] and not floor then redis.call('HSET', meta, 'jobs_floor', ARGV
 return 1
 """
 
-# KEYS: .. workers. ARGV: lease_ms worker info
+# KEYS: .. workers. ARGV: lease_ms worker info fields. Refused while a living worker of the same model differs in one of the layout `fields`
+# ('differs', owner, its info); one that may yet say again that it lives (grace, hold) is waited for ('wait', ms).
 _REGISTER = """
+local mine, wait_ms = cmsgpack.unpack(ARGV[3]), 0
+local infos = mine.layout and redis.call('HGETALL', KEYS[3]) or {}
+for i = 1, #infos, 2 do
+  local theirs = cmsgpack.unpack(infos[i + 1])
+  local is_other = string.match(infos[i], '^(.*)%.%d+$') ~= ARGV[2]
+  if is_other and theirs.layout and theirs.model == mine.model and (lives(infos[i]) or now < hold_until) then
+    for _, field in ipairs(words(ARGV[4])) do
+      if theirs.layout[field] ~= mine.layout[field] then
+        if lives(infos[i]) then return {'differs', infos[i], infos[i + 1]} end
+        wait_ms = hold_until - now
+      end
+    end
+  end
+end
+if wait_ms > 0 then return {'wait', int(wait_ms)} end
 local incarnation = math.max(tonumber(redis.call('HGET', meta, 'incarnation') or '0') + 1, now)
 local owner = ARGV[2] .. '.' .. int(incarnation)
 redis.call('HSET', meta, 'incarnation', int(incarnation))
 redis.call('HSET', leases, owner, int(now + tonumber(ARGV[1])))
 redis.call('HSET', KEYS[3], owner, ARGV[3])
-return {int(incarnation), floor and '' or era}
+return {'ok', int(incarnation), floor and '' or era}
 """
 
 # KEYS: .. workers. ARGV: lease_ms owner info
@@ -352,5 +369,5 @@ SCRIPTS = {
     "take_back": _TAKE_BACK, "finish": _FINISH, "give_up": _GIVE_UP, "try": _TRY, "admit": _ADMIT, "reader": _READER, "stale": _STALE,
     "discharge": _DISCHARGE, "assert": _ASSERT, "retire": _RETIRE, "orphans": _ORPHANS,
     "bury": _BURY, "lead": _LEAD, "cancel": _CANCEL, "view": _VIEW,
-    **BATCH_SCRIPTS, **ANSWER_SCRIPTS, **PREFIX_SCRIPTS,
+    **BATCH_SCRIPTS, **ANSWER_SCRIPTS, **MEMBER_SCRIPTS, **PREFIX_SCRIPTS,
 }

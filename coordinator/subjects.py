@@ -6,6 +6,7 @@ JOBS, HANDOFF, OUT, RESULTS, DLQ, ROSTER = "JOBS", "HANDOFF", "OUT", "RESULTS", 
 ANY_LANE = "any"
 LOCAL_LANE = "local"             # short prompts, prefilled by whichever decode worker has room
 WORKER_LANE = "w-"               # a lane of one worker's own begins so
+BACKGROUND_LANE = "background"   # handles of the last class: taken when no other waits
 NUM_TENANT_LANES = 8             # jobs of a tenant queue in one of these, and workers take from them in turn
 ACK_WAIT_S = 5.0                 # as long as a lease: so is a message back whose receiver died before it claimed
 MAX_ACK_PENDING = 1_000_000      # nats-server's default of 1,000 stalls silently
@@ -54,6 +55,11 @@ def jobs_parts(subject: str) -> tuple[str, str, str]:
 
 def jobs_consumer(model: str, klass: str, lane: str = ANY_LANE) -> str:
     return f"jobs-{model}-{klass}-{lane}"
+
+
+def handoff_lanes() -> list[str]:
+    """All lanes of handles that any decode worker serves, best first."""
+    return [ANY_LANE, BACKGROUND_LANE]
 
 
 def handoff(model: str, lane: str = ANY_LANE) -> str:

@@ -77,12 +77,13 @@ def make_experts(gate_up: Tensor | BlockFp8, down: Tensor | BlockFp8) -> Experts
     if isinstance(gate_up, BlockFp8) and isinstance(down, BlockFp8):
         return Experts(
             lambda x, routed: fp8.fp8_experts(x, gate_up, down, routed.ids, routed.weights, aligned=routed.aligned),
-            lambda num_tokens, num_chosen: fp8.config_for(num_tokens * num_chosen, num_experts).block_m)
+            lambda num_tokens, num_chosen: fp8.config_for(num_tokens * num_chosen, num_experts).block_m,
+            (gate_up.data, gate_up.scale, down.data, down.scale))
     assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
     packed = half.pack_gate_up(gate_up)
     return Experts(
         lambda x, routed: half.experts(x, packed, down, routed.ids, routed.weights, aligned=routed.aligned),
-        lambda num_tokens, _: half.config_for(num_tokens, hidden_size, inner).block_m)
+        lambda num_tokens, _: half.config_for(num_tokens, hidden_size, inner).block_m, (packed, down))
 
 
 def route(logits: Tensor, routing: Routing, num_valid: Tensor | None) -> Routed:

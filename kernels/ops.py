@@ -28,12 +28,14 @@ class Routed:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """run      (x [T, D], routed) -> [T, D], or [T, k, D] to be summed over k
+    """run      (x [T, D], routed) -> [T, D], or [T, k, D] to be summed over k; an id of -1 chooses none
     block_m  (T, k) -> in blocks of how many rows they want the ids sorted; None: as they are
+    weights  all that `run` reads of the experts, each [E, ...]: overwritten in place where experts move
     """
 
     run: Callable[[Tensor, Routed], Tensor]
     block_m: Callable[[int, int], int] | None = None
+    weights: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def _route(logits: Tensor, routing: Routing, num_valid: Tensor | None) -> Routed
 
 
 def _make_experts(gate_up: Tensor, down: Tensor) -> Experts:
-    return Experts(lambda x, routed: reference.fused_experts(x, gate_up, down, routed.ids, routed.weights))
+    return Experts(lambda x, routed: reference.fused_experts(x, gate_up, down, routed.ids, routed.weights), weights=(gate_up, down))
 
 
 def _make_router(weight: Tensor) -> Linear:

@@ -76,15 +76,15 @@ def fused_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights
 
     x        [T, D]
     gate_up  [E, 2I, D]     down  [E, D, I]
-    ids      [T, k] int64   weights  [T, k] float32
+    ids      [T, k] of integers, -1 for none   weights  [T, k] float32
     returns  [T, D]
     """
     top_k = ids.shape[1]
     order = ids.flatten().argsort(stable=True)
-    counts = ids.flatten().bincount(minlength=gate_up.shape[0]).tolist()
+    start, *counts = (ids.flatten() + 1).bincount(minlength=gate_up.shape[0] + 1).tolist()
     inputs = x[order // top_k]
     outputs = torch.empty_like(inputs)
-    start = 0
+    outputs[:start] = 0.0
     for expert, count in enumerate(counts):
         if count:
             rows = slice(start, start + count)
@@ -93,7 +93,8 @@ def fused_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights
     outputs.mul_(weights.flatten()[order].unsqueeze(1))
     by_token = torch.empty_like(outputs)
     by_token[order] = outputs
-    return by_token.view(*ids.shape, -1).sum(1)
+    by_choice: Tensor = by_token.unflatten(0, ids.shape)
+    return by_choice.sum(1)
 
 
 def store_gqa(kv: Tensor, cache: Tensor, slots: Tensor) -> None:
@@ -103,8 +104,7 @@ def store_gqa(kv: Tensor, cache: Tensor, slots: Tensor) -> None:
     cache  [2, num_slots, KV, d]
     slots  [T] int64, distinct
     """
-    num_tokens = kv.shape[0]
-    cache.flatten(2).index_copy_(1, slots, kv.reshape(num_tokens, 2, -1).transpose(0, 1))
+    cache.flatten(2).index_copy_(1, slots, kv.flatten(1).unflatten(1, (2, -1)).transpose(0, 1))
 
 
 def store_mla(rows: Tensor, cache: Tensor, slots: Tensor) -> None:

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from coordinator.cluster_token import is_shown
 from coordinator.errors import PayloadTooLarge
 from coordinator.messages import CLASSES, JobClass
 from producers.api_keys import ApiKey, KeyRing
@@ -28,14 +29,21 @@ _OPENAI_CODES = {401: "invalid_api_key", 403: "not_allowed", 413: "body_too_larg
 
 
 class Access:
-    """Without `keys` everybody may come in, and says by X-Tenant who it is."""
+    """Without `keys` everybody may come in, and says by X-Tenant who it is. `cluster_token` opens what only the farm itself may know."""
 
-    def __init__(self, app: ASGIApp, *, keys: KeyRing | None, max_body_bytes: int) -> None:
-        self._app, self._keys, self._max_body_bytes = app, keys, max_body_bytes
+    def __init__(self, app: ASGIApp, *, keys: KeyRing | None, max_body_bytes: int, cluster_token: str = "") -> None:
+        self._app, self._keys, self._max_body_bytes, self._token = app, keys, max_body_bytes, cluster_token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if self._shows_token(scope):
+            await self._app(scope, receive, send)
+            return
+        if self._keys is None and self._token and scope["path"] in TRUSTED_PATHS:
+            await refusal(scope["path"], 401, f"{scope['path']}: the cluster token is needed: Authorization: Bearer …",
+                          {"WWW-Authenticate": "Bearer"})(scope, receive, send)
             return
         if self._keys is not None and scope["path"] not in OPEN_PATHS:
             outcome = admit(Request(scope), self._keys)
@@ -48,6 +56,10 @@ class Access:
             return
         bounded = _BoundedBody(scope, receive, send, self._max_body_bytes)
         await self._app(scope, bounded.receive, bounded.send)
+
+    def _shows_token(self, scope: Scope) -> bool:
+        shown = Request(scope).headers.get("authorization", "")
+        return bool(self._token) and scope["path"] in TRUSTED_PATHS and is_shown(shown, self._token)
 
 
 def refusal(path: str, status: int, message: str, headers: dict[str, str] | None = None) -> Response:

@@ -57,7 +57,8 @@ def _build(settings: RestSettings, lifespan: Callable[[FastAPI], contextlib.Abst
     app.state.metrics = metrics = Metrics()
     app.state.keys = keys = KeyRing(Path(settings.api_keys_file)) if settings.api_keys_file else None
     http_errors.install(app)
-    app.add_middleware(Access, keys=keys, max_body_bytes=settings.max_body_bytes)   # the last one added sees a request first
+    # The middleware that is added last sees a request first.
+    app.add_middleware(Access, keys=keys, max_body_bytes=settings.max_body_bytes, cluster_token=settings.cluster_token)
     if settings.cors_origins:
         origins = [origin.strip() for origin in settings.cors_origins.split(",")]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["X-Job-Id"])
@@ -84,7 +85,8 @@ async def serve(settings: RestSettings) -> None:
     server = uvicorn.Server(uvicorn.Config(
         app, host=settings.host, port=settings.port, http="httptools", ws="none", lifespan="off", access_log=settings.access_log,
         log_level=settings.log_level, log_config=None, server_header=False, backlog=BACKLOG,
-        timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_s)))
+        timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_s), ssl_certfile=settings.tls_cert or None,
+        ssl_keyfile=settings.tls_key or None))
     faults: list[Exception] = []
 
     def on_fatal(error: Exception) -> None:

@@ -1,9 +1,15 @@
 """What operators and load balancers ask: liveness, readiness, load, and where the queue is."""
 
+import asyncio
+from pathlib import Path
+
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from coordinator.errors import InvalidField
+from coordinator.queue_record import QueueUrls, read_record
+from coordinator.queue_users import ROLES
 from producers.http_errors import Json
 from producers.metrics import CONTENT_TYPE_LATEST
 from producers.shim import shim_of
@@ -53,9 +59,13 @@ async def metrics(request: Request) -> Response:
 
 
 async def bootstrap(request: Request) -> Response:
-    """Workers that know only this door ask here for the queue."""
-    settings = shim_of(request).settings
-    return Json({"nats_url": settings.nats_url, "redis_url": settings.redis_url, "model_name": settings.model_name})
+    """Workers that know only this door ask here for the queue; `role` names whose password they get (worker, master, client, operator)."""
+    settings, role = shim_of(request).settings, request.query_params.get("role", "worker")
+    if role not in ROLES:
+        raise InvalidField("role", f"must be one of {', '.join(ROLES)}, got {role!r:.40}")
+    record = await asyncio.to_thread(read_record, Path(settings.queue_record)) if settings.queue_record else None
+    urls = record.urls(role, request.url.hostname or "") if record else QueueUrls(nats_url=settings.nats_url, redis_url=settings.redis_url)
+    return Json({"nats_url": urls.nats_url, "redis_url": urls.redis_url, "model_name": settings.model_name})
 
 
 router = APIRouter()

@@ -1,10 +1,11 @@
 """Settings of the REST shim, and the flags that map onto them. Nothing else reads flags."""
 
 import argparse
-import ipaddress
+import os
 from dataclasses import dataclass, fields
 from typing import Any
 
+from coordinator.cluster_token import is_loopback
 from coordinator.messages import CLASSES, JobClass
 from coordinator.subjects import DEFAULT_MAX_QUEUED
 
@@ -36,6 +37,10 @@ class RestSettings:
     disagg_min_tokens: int = 0                 # shorter prompts are prefilled by decode workers; 0: none
     files_dir: str = ""                        # where files and batches are kept; "": there are none
     batch_window: int = 512                    # lines of batches that one shim has open at once
+    queue_record: str = ""                     # file with the queue's passwords by role, for /bootstrap; "": all get the URLs above
+    cluster_token: str = ""                    # opens /bootstrap
+    tls_cert: str = ""
+    tls_key: str = ""
     access_log: bool = False
     log_level: str = "warning"
 
@@ -64,12 +69,17 @@ _HELP = {
     "disagg_min_tokens": "prompts with fewer tokens to compute are prefilled by a decode worker; 0: none",
     "files_dir": "folder for uploaded files and batches, the same one for all shims; without it there are no batches",
     "batch_window": "lines of batches whose jobs this shim has open at once",
+    "queue_record": "file that says where the queue is and has its passwords by role, for /bootstrap",
+    "cluster_token": "secret that opens /bootstrap (better: TOKENMILL_CLUSTER_TOKEN)",
+    "tls_cert": "certificate: this door then speaks https",
+    "tls_key": "its key",
     "access_log": "one line per request",
     "log_level": "debug, info, warning or error",
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "prefix_affinity": ("on", "off"), "job_class": CLASSES, "log_level": ("debug", "info", "warning", "error"),
 }
+_FROM_ENVIRONMENT = {"nats_url": "TOKENMILL_NATS_URL", "redis_url": "TOKENMILL_REDIS_URL", "cluster_token": "TOKENMILL_CLUSTER_TOKEN"}
 _REQUIRED = ("nats_url", "redis_url", "model_dir")
 
 
@@ -79,7 +89,9 @@ def parse(argv: list[str] | None) -> RestSettings:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(RestSettings):
         options: dict[str, Any] = {"help": _HELP[f.name]}
-        if f.name in _REQUIRED:
+        if f.name in _FROM_ENVIRONMENT and os.environ.get(_FROM_ENVIRONMENT[f.name]):
+            options["default"] = os.environ[_FROM_ENVIRONMENT[f.name]]
+        elif f.name in _REQUIRED:
             options["required"] = True
         elif isinstance(f.default, bool):
             options["action"] = "store_true"
@@ -90,10 +102,3 @@ def parse(argv: list[str] | None) -> RestSettings:
     if not (settings.api_keys_file or settings.insecure or is_loopback(settings.host)):
         parser.error(f"--host {settings.host}: not a loopback address: give --api_keys_file (tokenmill keys create), or say --insecure")
     return settings
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

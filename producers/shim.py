@@ -1,6 +1,8 @@
 """What all API routers of one REST process share: the client, the limits, the health of the farm."""
 
 import asyncio
+import os
+import socket
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Self
@@ -10,6 +12,7 @@ from starlette.requests import Request
 
 from coordinator.bus import Counters
 from coordinator.errors import Unavailable
+from coordinator.members import Membership
 from coordinator.routing import RoutingPolicy
 from coordinator.store import AdmissionLimits, WorkerView
 from coordinator.tokenizer import Tokenizer
@@ -40,6 +43,7 @@ class Shim:
         assert client.store is not None
         self._asks = Responder(client, admission, self.spawn)
         self._watcher = Watcher(client.bus, client.store, client.origin)
+        self._membership = Membership(client.store, client.origin, self._said_to_others)
 
     @classmethod
     async def open(cls, settings: RestSettings, metrics: Metrics, on_fatal: Callable[[Exception], None] | None = None,
@@ -58,6 +62,7 @@ class Shim:
                                                    max_tenant_tokens=settings.max_tenant_tokens))
         shim = cls(settings, admission, client, metrics)
         shim._watcher.start()
+        shim._membership.start()
         await shim._asks.open()
         return shim
 
@@ -67,6 +72,7 @@ class Shim:
         await self._asks.close()
         if self._background:
             await asyncio.wait(self._background, timeout=PING_TIMEOUT_S)
+        await self._membership.close()
         await self._watcher.close()
         await self.client.close()
 
@@ -75,6 +81,11 @@ class Shim:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    def _said_to_others(self) -> dict[str, Any]:
+        settings = self.settings
+        return {"kind": "pd_master", "url": f"{'https' if settings.tls_cert else 'http'}://{settings.host}:{settings.port}",
+                "model": self.client.model, "host": socket.gethostname(), "pid": os.getpid(), "open_jobs": self.client.num_open}
 
     async def live_workers(self) -> list[WorkerView]:
         """This model's workers whose lease holds. Raises Unavailable when NATS or Redis does not answer."""

@@ -3,6 +3,14 @@
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """The same on all ranks of an EP deployment for a step that they run together. One whose dp group has no work runs it empty."""
+
+    num_rows: int              # the most new tokens that any dp group has
+    is_decode: bool            # every group has decodes only, or nothing
+
+
 @dataclass(slots=True)
 class ForwardBatch:
     """New tokens of several sequences, flattened; prefill chunks and decodes (one new token) in any order.
@@ -23,3 +31,4 @@ class ForwardBatch:
     page_tables: list[list[int]]    # its page ids in token order
     logit_rows: list[int]           # rows of token_ids whose logits are wanted, ascending
     carried: list[int] = field(default_factory=list)  # per sequence: row of the previous launch's samples, or -1; empty: none
+    agreed: "Agreed | None" = None                    # with MOE_MODE=EP: what the dp groups know of each other's batches

@@ -13,10 +13,12 @@ MANY_TOKENS = 64      # of one step: from here on it is worth all cores
 
 
 class CpuThreads:
-    """`fixed` 0: as above; else that many for every step."""
+    """`fixed` 0: as above; else that many for every step. `num_sharing`: processes that divide the cores among them, ranks of one node."""
 
-    def __init__(self, fixed: int = 0) -> None:
+    def __init__(self, fixed: int = 0, num_sharing: int = 1) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if num_sharing > 1:
+            fixed = fixed or max(1, cores // num_sharing)  # steps of all ranks coincide
         self._few = fixed or max(1, cores - 1)
         self._many = fixed or cores
         self._current = 0

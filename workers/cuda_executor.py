@@ -125,6 +125,10 @@ class CudaExecutor:
         return CudaFlight(ids[: len(sampled)], logprobs[: len(sampled)], is_done)
 
     @torch.inference_mode()
+    def follow(self, batch: ForwardBatch) -> None:
+        self._forward(batch)
+
+    @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile and capture everything that serving may need. Before any request; overwrites pages."""
         largest = min(self.chunk_size, self.num_pages * self.page_size, self.config.max_position, self._width * self.page_size)

@@ -29,6 +29,7 @@ from pathlib import Path
 
 from coordinator.errors import ConfigError, InvalidField, LayoutMismatch, PagesExhausted
 from coordinator.messages import KVLayout
+from workers import group as groups
 from workers.block_journal import BlockJournal
 from workers.channel import BlockingChannel
 from workers.cpu_threads import CpuThreads
@@ -56,15 +57,19 @@ from workers.engine_messages import (
 )
 from workers.engine_sizes import EngineSizes, choose_sizes, resolve
 from workers.executor import EagerExecutor, Executor, Flight
+from workers.group import Group
 from workers.guided import Grammars, GuideMaker
 from workers.kv_cache import check_same_layout
+from workers.leader import GroupCopier, LeaderExecutor
+from workers.lockstep import Lockstep, Wake
 from workers.model_config import ModelConfig
 from workers.model_runner import ModelRunner
 from workers.page_copier import PageCopier
+from workers.parallel import Parallel
 from workers.sampler import Sampler
 from workers.scheduler import PageCopy, Scheduler, SchedulerSettings, Step
 from workers.sequence import Limits, Sequence, open_sequence
-from workers.settings import EngineSettings
+from workers.settings import EngineSettings, RankSettings
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +93,7 @@ class GuideDone:
     error: InvalidField | None
 
 
-Inbox = queue.SimpleQueue[Command | CopyDone | GuideDone]
+Inbox = queue.SimpleQueue[Command | CopyDone | GuideDone | Wake]
 
 
 class Engine:
@@ -96,8 +101,8 @@ class Engine:
 
     def __init__(self, executor: Executor, scheduler: Scheduler, limits: Limits, layout: KVLayout, inbox: Inbox,
                  send: Callable[[Event], None], *, grammars: Grammars | None = None, journal: BlockJournal | None = None,
-                 is_checked: bool = False) -> None:
-        """`grammars` None: guided sequences are refused."""
+                 is_checked: bool = False, lockstep: Lockstep | None = None) -> None:
+        """`grammars` None: guided sequences are refused. `lockstep`: steps that other dp groups take part in."""
         assert executor.depth == scheduler.settings.depth
         self._executor = executor
         self._scheduler = scheduler
@@ -106,7 +111,12 @@ class Engine:
         self._inbox = inbox
         self._send = send
         self._flights: deque[tuple[Step, Flight]] = deque()  # launched, oldest first
-        self._copier = PageCopier(executor.kv_cache, lambda copy, error: inbox.put(CopyDone(copy, error)))
+        on_copied = lambda copy, error: inbox.put(CopyDone(copy, error))
+        self._copier = (GroupCopier(executor.followers, executor.kv_cache, on_copied) if isinstance(executor, LeaderExecutor)
+                        else PageCopier(executor.kv_cache, on_copied))
+        self._lockstep = lockstep
+        if lockstep is not None:
+            lockstep.on_wake = inbox.put
         self._guides = GuideMaker(grammars, lambda sequence, error: inbox.put(GuideDone(sequence, error))) if grammars else None
         self._journal = journal
         self._unguided: dict[str, Sequence] = {}  # waiting for their guides; the scheduler does not have them yet
@@ -119,21 +129,25 @@ class Engine:
     def run(self) -> None:
         self._send_stats(is_idle=True)
         is_idle = True
-        while not self._is_shut_down:
+        while not self._may_end:
             self._take_commands(wait=is_idle)
             step = self._scheduler.schedule()
             for copy in step.copies:
                 self._copier.start(copy)
             for event in step.imported:
                 self._send(event)
-            if step.chunks:
-                self._launch(step)
+            is_launched = self._launch(step)
             is_idle = not self._flights
-            if len(self._flights) >= self._executor.depth or not (is_idle or step.chunks):
+            if len(self._flights) >= self._executor.depth or not (is_idle or is_launched):
                 self._complete_oldest()
             self._send_stats(is_idle=is_idle)
             if is_idle and self._is_checked:
                 self._scheduler.check_integrity()
+
+    @property
+    def _may_end(self) -> bool:
+        """Told to; and not before the other dp groups were too, whose steps need this one."""
+        return self._is_shut_down and (self._lockstep is None or self._lockstep.are_all_leaving)
 
     # ---- commands ----
 
@@ -143,7 +157,7 @@ class Engine:
             self._handle(self._inbox.get())
             wait = False
 
-    def _handle(self, command: Command | CopyDone | GuideDone) -> None:
+    def _handle(self, command: Command | CopyDone | GuideDone | Wake) -> None:
         scheduler = self._scheduler
         match command:
             case AddSequence():
@@ -176,6 +190,8 @@ class Engine:
                     self._journal.want_all()
             case Ping():
                 self._send(Pong())
+            case Wake() if self._lockstep is not None:
+                self._lockstep.wake(command)
             case Shutdown():
                 self._is_shut_down = True
 
@@ -208,10 +224,19 @@ class Engine:
 
     # ---- the step ----
 
-    def _launch(self, step: Step) -> None:
+    def _launch(self, step: Step) -> bool:
+        """False: there is nothing to run. In lockstep a step may be empty here and none elsewhere."""
+        agreed = None
+        if self._lockstep is not None:
+            agreed = self._lockstep.turn(step.num_tokens, is_leaving=self._is_shut_down,
+                                         is_only_decodes=all(count == 1 for count in step.chunks.values()))
+        if not (step.chunks or agreed):
+            return False
         batch = self._scheduler.batch(step)
+        batch.agreed = agreed
         self._flights.append((step, self._executor.launch(batch, step.sampled)))
         self._scheduler.advance(step)
+        return True
 
     def _complete_oldest(self) -> None:
         step, flight = self._flights.popleft()
@@ -233,12 +258,19 @@ class Engine:
         self._stats_sent_at, self._are_stats_due, self._last_stats = now, False, stats
 
 
-def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None], *, is_checked: bool = False) -> Engine:
-    """Choose sizes, read the weights, warm up, say Ready. Raises ConfigError."""
+def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None], *, is_checked: bool = False,
+         group: Group | None = None, sizes: EngineSizes | None = None) -> Engine:
+    """Read the weights, warm up, say Ready. For settings that are resolved or need not be. Raises ConfigError."""
     settings = resolve(settings)
     config = ModelConfig.from_dir(Path(settings.model_dir))
-    sizes = choose_sizes(settings, config)
-    executor = _load_executor(settings, config, sizes, _progress_sender(send))
+    sizes = sizes or choose_sizes(settings, config)
+    if group is not None:
+        sizes = group.agree(sizes)
+    executor = load_executor(settings, config, sizes, _progress_sender(send), group)
+    executor.warm_up()
+    lockstep = None
+    if group is not None:
+        executor, lockstep = group.lead(executor, sizes.page_size), group.lockstep()
     cache = executor.kv_cache
     journal = BlockJournal() if settings.report_blocks else None
     scheduler = Scheduler(SchedulerSettings(
@@ -249,24 +281,28 @@ def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None], 
     layout = cache.layout(settings.model_name)
     limits = Limits(vocab_size=config.vocab_size, max_seq_len=sizes.max_seq_len, prefill_only=settings.role == "prefill")
     grammars = Grammars(Path(settings.model_dir), config.vocab_size, sorted(config.eos_ids))
-    engine = Engine(executor, scheduler, limits, layout, inbox, send, grammars=grammars, journal=journal, is_checked=is_checked)
-    executor.warm_up()
+    engine = Engine(executor, scheduler, limits, layout, inbox, send, grammars=grammars, journal=journal, is_checked=is_checked,
+                    lockstep=lockstep)
     gc.collect()
     gc.freeze()  # the model's objects live for good: later collections need not look at them
-    send(Ready(layout=layout, pool=PoolAddress(address=cache.address, num_pages=cache.num_pages), device=settings.device,
-               max_total_tokens=cache.num_pages * sizes.page_size, max_seq_len=sizes.max_seq_len, max_num_seqs=sizes.max_num_seqs,
-               chunk_size=sizes.chunk_size, vocab_size=config.vocab_size, eos_ids=tuple(config.eos_ids)))
+    pools = tuple(executor.followers.pools) if isinstance(executor, LeaderExecutor) else ()
+    send(Ready(layout=layout, pool=PoolAddress(address=cache.address, num_pages=cache.num_pages, rank_addresses=pools),
+               device=settings.device, max_total_tokens=cache.num_pages * sizes.page_size, max_seq_len=sizes.max_seq_len,
+               max_num_seqs=sizes.max_num_seqs, chunk_size=sizes.chunk_size, vocab_size=config.vocab_size, eos_ids=tuple(config.eos_ids),
+               group=None if group is None else group.view))
     return engine
 
 
-def _load_executor(settings: EngineSettings, config: ModelConfig, sizes: EngineSizes, progress: Callable[[int, int], None]) -> Executor:
+def load_executor(settings: EngineSettings, config: ModelConfig, sizes: EngineSizes, progress: Callable[[int, int], None],
+                  group: Group | None) -> Executor:
+    """For `resolve`d settings; `group`: this rank's share of the model."""
     if settings.device != "cpu":
         from workers.cuda_executor import CudaExecutor  # Triton and its kernels: only where there is a GPU
 
         return CudaExecutor.create(settings, config, sizes, progress)
-    threads = CpuThreads(settings.num_threads)
+    threads = CpuThreads(settings.num_threads, settings.ranks.num_local)
     runner = ModelRunner(Path(settings.model_dir), settings.device, sizes.dtype, sizes.num_pages, sizes.page_size, settings.load_workers,
-                         progress)
+                         progress, group.parallel if group is not None else Parallel.single())
     return EagerExecutor(runner, Sampler(sorted(eos for eos in config.eos_ids if eos < config.vocab_size)), settings.depth, threads)
 
 
@@ -302,9 +338,22 @@ def parse_settings(text: str) -> EngineSettings:
     if not isinstance(given, dict) or set(given) - known:
         raise ConfigError(f"engine settings: unknown keys {sorted(set(given) - known) if isinstance(given, dict) else given!r}")
     try:
-        return EngineSettings(**given)
+        return EngineSettings(**{**given, "ranks": RankSettings(**given.get("ranks", {}))})
     except TypeError as error:
         raise ConfigError(f"engine settings: {error}") from None
+
+
+def _serve(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None], *, is_checked: bool) -> None:
+    settings = resolve(settings)
+    config = ModelConfig.from_dir(Path(settings.model_dir))
+    if groups.is_alone(settings, config):
+        load(settings, inbox, send, is_checked=is_checked).run()
+        return
+    sizes = choose_sizes(settings, config)
+    with groups.joined(settings, config, sizes) as group:
+        engine = load(settings, inbox, send, is_checked=is_checked, group=group, sizes=sizes)
+        engine.run()
+        group.stop_followers()
 
 
 def main() -> int:
@@ -318,8 +367,7 @@ def main() -> int:
     channel, inbox = BlockingChannel(socket.socket(fileno=arguments.fd)), Inbox()
     threading.Thread(target=_read_commands, args=(channel, inbox), name="command reader", daemon=True).start()
     try:
-        engine = load(parse_settings(arguments.settings), inbox, lambda event: channel.send(encode(event)), is_checked=arguments.check)
-        engine.run()
+        _serve(parse_settings(arguments.settings), inbox, lambda event: channel.send(encode(event)), is_checked=arguments.check)
     except ConfigError as error:
         log.error("%s", error)
         return 2

@@ -66,14 +66,14 @@ class EngineLink:
             await asyncio.sleep(wait_s)
             silent_s = silent_s + wait_s if num_events == self._num_events else 0.0
 
-    async def stop(self) -> int:
+    async def stop(self, grace_s: float = SHUTDOWN_GRACE_S) -> int:
         """Ask, wait, insist. Returns the exit status."""
         if self.process.poll() is None:
             self.send(Shutdown())
         try:
-            await asyncio.wait_for(asyncio.to_thread(self.process.wait), SHUTDOWN_GRACE_S)
+            await asyncio.wait_for(asyncio.to_thread(self.process.wait), grace_s)
         except TimeoutError:
-            log.warning("engine %d did not stop in %g s: killed", self.process.pid, SHUTDOWN_GRACE_S)
+            log.warning("engine %d did not stop in %g s: killed", self.process.pid, grace_s)
             self.process.kill()
         await self._channel.close()
         return await asyncio.to_thread(self.process.wait)

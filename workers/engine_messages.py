@@ -26,6 +26,28 @@ class PoolAddress:
 
     address: str
     num_pages: Count
+    rank_addresses: tuple[str, ...] = ()  # of each rank's pool, the leader's first; empty: there is one rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankView:
+    """Where one rank of a group runs."""
+
+    rank: Count
+    host: str
+    pid: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupView:
+    """What operators see of the ranks that compute together (`tokenmill status`). Numbers are within the deployment."""
+
+    generation: Count
+    tp: Count
+    dp: Count
+    moe_mode: str
+    dp_rank: Count
+    ranks: tuple[RankView, ...]   # of this dp group
 
 
 # ---- commands: I/O process -> engine ----
@@ -120,6 +142,7 @@ class Ready:
     chunk_size: Count         # prompt tokens of one prefill step
     vocab_size: Count
     eos_ids: tuple[Count, ...]
+    group: GroupView | None = None
 
 
 class TokenRow(NamedTuple):
@@ -247,6 +270,8 @@ def _to_map(message: Any) -> dict[str, Any]:
             value = value.to_wire()
         elif is_dataclass(value):
             value = _to_map(value)
+        elif isinstance(value, tuple) and value and is_dataclass(value[0]):
+            value = [_to_map(item) for item in value]
         body[name] = value
     return body
 
@@ -278,7 +303,10 @@ def _adapter(cls: type) -> TypeAdapter[Any]:
 
 
 _adapter(PoolAddress)
+_adapter(RankView)
+_adapter(GroupView)
 _COMMAND_ADAPTERS = {kind: _adapter(cls) for kind, cls in COMMANDS.items()}
 _EVENT_ADAPTERS = {kind: _adapter(cls) for kind, cls in EVENTS.items()}
 _KIND_OF: dict[type, str] = {cls: kind for kind, cls in (*COMMANDS.items(), *EVENTS.items())}
-_FIELDS: dict[type, tuple[str, ...]] = {cls: tuple(f.name for f in fields(cls)) for cls in (*_KIND_OF, PoolAddress, KVLayout)}
+_FIELDS: dict[type, tuple[str, ...]] = {
+    cls: tuple(f.name for f in fields(cls)) for cls in (*_KIND_OF, PoolAddress, KVLayout, GroupView, RankView)}

@@ -1,6 +1,7 @@
 """Where the engine runs and how large its pool, steps and batches are: settings where given, else by device and free memory."""
 
 import importlib.util
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 from coordinator.errors import ConfigError
 from workers.kv_cache import bytes_per_page
 from workers.model_config import ModelConfig
-from workers.settings import EngineSettings
+from workers.parallel_sizes import ParallelSizes
+from workers.settings import EngineSettings, RankSettings
 
 CPU_PAGE_SIZE, GPU_PAGE_SIZE = 16, 64
 CPU_CHUNK_SIZE, GPU_CHUNK_SIZE = 512, 8192
@@ -40,13 +42,29 @@ def resolve(settings: EngineSettings) -> EngineSettings:
     name = settings.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and settings.ranks.tp > 1:
+        name = _gpu_of_rank(name, settings.ranks)
     if name != "cpu":
         name = f"cuda:{_gpu_index(name)}"
     if settings.depth not in (0, 1, 2):
         raise ConfigError(f"depth must be 1 or 2 (0: by device), got {settings.depth}")
-    if settings.use_fa3:
+    if settings.use_fa3 and settings.device != "auto":
         raise ConfigError(f"--enable_fa3: {_why_no_fa3(name)}")
-    return replace(settings, device=name, depth=settings.depth or (1 if name == "cpu" else 2))
+    if settings.use_fa3:   # a wish for whatever device is found, as LightLLM's guide writes it everywhere: said, and not a reason to stop
+        print(f"--enable_fa3 changes nothing here: {_why_no_fa3(name)}", file=sys.stderr, flush=True)
+    return replace(settings, device=name, depth=settings.depth or (1 if name == "cpu" else 2), use_fa3=False)
+
+
+def _gpu_of_rank(name: str, ranks: RankSettings) -> str:
+    """The n-th rank of a node has its n-th visible GPU."""
+    if name != "cuda":
+        raise ConfigError(f"--device {name} names one GPU, and --tp {ranks.tp} needs one for each rank: say cuda, and choose among them by "
+                          "CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    if ranks.num_local > count:
+        raise ConfigError(f"--tp {ranks.tp}: this node would run {ranks.num_local} ranks, and {count} GPUs are visible here "
+                          "(CUDA_VISIBLE_DEVICES, --nnodes; --device cpu needs none)")
+    return f"cuda:{ranks.local_rank}"
 
 
 def _gpu_index(name: str) -> int:
@@ -92,7 +110,7 @@ def choose_sizes(settings: EngineSettings, config: ModelConfig) -> EngineSizes:
         raise ConfigError(f"--page_size must be a power of two and at least {MIN_GPU_PAGE_SIZE} on a GPU, got {page_size}")
     num_pages = settings.max_total_token_num // page_size
     if is_cpu and not settings.max_total_token_num:
-        num_pages = _pool_bytes(settings) // bytes_per_page(config, page_size, dtype)
+        num_pages = _pool_bytes(settings) // settings.ranks.num_local // bytes_per_page(_ranks_share(settings, config), page_size, dtype)
     if num_pages < 1 and (is_cpu or settings.max_total_token_num):
         raise ConfigError(f"--max_total_token_num {settings.max_total_token_num}, --mem_fraction {settings.mem_fraction:g}: "
                           f"no room for a KV page of {page_size} tokens")
@@ -101,6 +119,11 @@ def choose_sizes(settings: EngineSettings, config: ModelConfig) -> EngineSizes:
         max_num_seqs=settings.running_max_req_size or (CPU_MAX_SEQS if is_cpu else GPU_MAX_SEQS),
         chunk_size=settings.chunked_prefill_size or (CPU_CHUNK_SIZE if is_cpu else GPU_CHUNK_SIZE),
         background_tokens=CPU_BACKGROUND_TOKENS if is_cpu else GPU_BACKGROUND_TOKENS)
+
+
+def _ranks_share(settings: EngineSettings, config: ModelConfig) -> ModelConfig:
+    """What one rank's cache holds of the model."""
+    return ParallelSizes(tp=settings.ranks.tp, dp=settings.ranks.dp).local(config)
 
 
 def _dtype(settings: EngineSettings, config: ModelConfig, is_cpu: bool) -> torch.dtype:

@@ -43,6 +43,10 @@ class Executor(Protocol):
         """Start a step and draw the next token of `sampled`, in the order of batch.logit_rows. Both are read before this returns."""
         ...
 
+    def follow(self, batch: ForwardBatch) -> None:
+        """A step that another rank launched: compute this rank's share of it. Nothing is drawn here."""
+        ...
+
     def warm_up(self) -> None:
         """Set up all that serving needs, so that no request pays for it. Before any launch; overwrites pages."""
         ...
@@ -81,6 +85,12 @@ class EagerExecutor:
         token_ids, logprobs = self._sampler.sample(self._runner.forward(batch), sampled, newest)
         self._last_ids = token_ids
         return Done(token_ids, logprobs)
+
+    def follow(self, batch: ForwardBatch) -> None:
+        assert self.depth == 1, "the tokens of a step under way are known to the leader only"
+        if self._threads is not None:
+            self._threads.choose(len(batch.token_ids))
+        self._runner.forward(batch)
 
     def _fill_in(self, batch: ForwardBatch) -> None:
         """Carried tokens into the batch."""

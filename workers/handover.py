@@ -94,7 +94,8 @@ class Giver:
 
     async def _publish(self, active: ActiveJob) -> None:
         handle = self._handle(active).encode()
-        await self._jobs.until_available(lambda: self._bus.publish_handoff(self._me.model, handle))
+        lane = subjects.BACKGROUND_LANE if active.is_background else subjects.ANY_LANE
+        await self._jobs.until_available(lambda: self._bus.publish_handoff(self._me.model, handle, lane=lane))
 
     def _handle(self, active: ActiveJob) -> KVHandle:
         shown = active.shown
@@ -279,8 +280,8 @@ class Taker:
         arrived = self._imports[active.key] = asyncio.get_running_loop().create_future()
         self._engine.send(ImportSequence(
             job_id=active.key, token_ids=pack_ids([*active.prompt_ids, *active.shown.token_ids]), num_prompt=len(active.prompt_ids),
-            params=active.job.params, num_kv_tokens=handle.num_tokens, page_ids=handle.page_ids, layout=handle.layout, is_background=active.is_background,
-            source=PoolAddress(address=source.address, num_pages=source.num_pages)))
+            params=active.job.params, num_kv_tokens=handle.num_tokens, page_ids=handle.page_ids, layout=handle.layout,
+            is_background=active.is_background, source=PoolAddress(address=source.address, num_pages=source.num_pages)))
         outcome = await arrived
         question = {"job_id": active.job.job_id, "epoch": handle.epoch, "generation": handle.generation}
         if isinstance(outcome, Imported):

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import time
+from dataclasses import asdict
 from typing import Any
 
 from coordinator import subjects
@@ -41,6 +42,8 @@ MAX_REMEMBERED_CANCELS = 100_000
 ROSTER_PERIOD_S = subjects.ROSTER_MAX_AGE_S / 24
 MAX_PULL = 16
 MAX_IMPORTS = 8
+IN_SLOTS = (Phase.RUNNING, Phase.CLAIMING, Phase.IMPORTING)
+KEPT_TOKENS = 1 / 8     # of the pool: what background jobs leave free
 SETTLE_S = 2.0
 
 
@@ -93,13 +96,16 @@ class Incarnation:
         intake = Intake(me, self._tokenizer, self._bus, self._store, self.jobs, self._cancelled.__contains__)
         if me.role == "decode":
             self._taker = Taker(me, self._tokenizer, self._bus, self._store, self._engine, self.jobs, self._cancelled.__contains__)
-            self._pullings = [Pulling(self._bus, handoff_consumers(self._model), self._room_for_handles, self._taker.take)]
+            self._pullings = [Pulling(self._bus, handoff_consumers(self._model), room=self._room_for_handles,
+                                      room_for_last=self._room_for_background_handles, num_slots=ready.max_num_seqs,
+                                      handle=self._taker.take)]
             if self._lanes:
-                self._pullings.append(Pulling(self._bus, lane_consumers(self._model, self._lanes), self._room_for_jobs, intake.accept,
-                                              free=self._free_slots, num_slots=self._ready.max_num_seqs))
+                self._pullings.append(Pulling(self._bus, lane_consumers(self._model, self._lanes), room=self._room_for_jobs,
+                                              room_for_last=self._room_for_background_jobs, num_slots=ready.max_num_seqs,
+                                              handle=intake.accept))
         else:
-            pulling = Pulling(self._bus, job_consumers(self._model, own_lanes), self._room_for_jobs, intake.accept, free=self._free_slots,
-                              num_slots=self._ready.max_num_seqs)
+            pulling = Pulling(self._bus, job_consumers(self._model, own_lanes), room=self._room_for_jobs,
+                              room_for_last=self._room_for_background_jobs, num_slots=ready.max_num_seqs, handle=intake.accept)
             self._pullings = [pulling]
             self._relief = Relief(self._bus, self._model, "".join(own_lanes), self._room_for_jobs, pulling.take_from)
         self.jobs.on_change = self._on_room
@@ -116,10 +122,10 @@ class Incarnation:
         return {"role": engine.role, "engine": engine.engine, "model": self._model, "host": socket.gethostname(), "pid": os.getpid(),
                 "layout": {name: getattr(layout, name) for name in layout.__slots__},
                 "stats": {name: getattr(stats, name) for name in stats.__slots__},
-                "lanes": self._lanes, "standing_tokens": standing_tokens,
-                "max_num_seqs": self._ready.max_num_seqs, "max_total_tokens": self._ready.max_total_tokens,
-                "max_seq_len": self._ready.max_seq_len,
-                "finished": self.jobs.num_finished if hasattr(self, "jobs") else 0}
+                "lanes": self._lanes, "standing_tokens": standing_tokens, "max_num_seqs": self._ready.max_num_seqs,
+                "max_total_tokens": self._ready.max_total_tokens, "max_seq_len": self._ready.max_seq_len,
+                "finished": self.jobs.num_finished if hasattr(self, "jobs") else 0,
+                "group": asdict(self._ready.group) if self._ready.group else None}
 
     @property
     def _lanes(self) -> list[str]:
@@ -134,24 +140,40 @@ class Incarnation:
         for pulling in self._pullings:
             pulling.on_change()
 
-    def _room_for_jobs(self) -> int:
-        """Jobs that may be pulled: slots free in the engine, and not more prompt tokens waiting than two steps compute."""
-        if not self._may_take or self.jobs.num_waiting_tokens >= 2 * self._ready.chunk_size:
-            return 0
-        return min(self._free_slots(), MAX_PULL)
+    # Background jobs give way in the engine (workers/scheduler.py): what they hold there is no reason to leave others in the queue.
 
-    def _free_slots(self) -> int:
-        return self._ready.max_num_seqs - self.jobs.num_in(Phase.RUNNING, Phase.CLAIMING, Phase.IMPORTING)
+    def _room_for_jobs(self) -> int:
+        """Jobs of the upper classes that may be pulled."""
+        return min(self._slots_for_jobs(background=False), MAX_PULL)
+
+    def _room_for_background_jobs(self) -> int:
+        return self._slots_for_jobs(background=True)
+
+    def _slots_for_jobs(self, *, background: bool) -> int:
+        """Slots free in the engine; none while more prompt tokens wait than two steps compute."""
+        if not self._may_take(background) or self.jobs.num_waiting_tokens(background=background) >= 2 * self._ready.chunk_size:
+            return 0
+        return self._ready.max_num_seqs - self.jobs.num_in(*IN_SLOTS, background=background)
 
     def _room_for_handles(self) -> int:
-        """Handles that may be pulled: a few imports ahead at most, or a full worker would hoard what others could run."""
-        if not self._may_take or self.jobs.num_in(Phase.IMPORTING) >= MAX_IMPORTS:
-            return 0
-        return min(self._free_slots(), MAX_IMPORTS)
+        """Handles of the upper classes that may be pulled."""
+        return min(self._slots_for_handles(background=False), MAX_IMPORTS)
 
-    @property
-    def _may_take(self) -> bool:
-        return self._lease.is_fresh and self.stats.free_tokens > 0
+    def _room_for_background_handles(self) -> int:
+        return self._slots_for_handles(background=True)
+
+    def _slots_for_handles(self, *, background: bool) -> int:
+        """Slots free in the engine; none beside a few imports, or a full worker would hoard what others could run."""
+        if not self._may_take(background) or self.jobs.num_in(Phase.IMPORTING, background=background) >= MAX_IMPORTS:
+            return 0
+        return self._ready.max_num_seqs - self.jobs.num_in(*IN_SLOTS, background=background)
+
+    def _may_take(self, background: bool) -> bool:
+        if not self._lease.is_fresh:
+            return False
+        if background:
+            return self.stats.free_tokens > KEPT_TOKENS * self._ready.max_total_tokens
+        return self.stats.free_tokens > 0 or self.jobs.num_in(Phase.RUNNING) > self.jobs.num_in(Phase.RUNNING, background=False)
 
     # ---- events ----
 

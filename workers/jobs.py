@@ -68,13 +68,14 @@ class Jobs:
     def all(self) -> list[ActiveJob]:
         return list(self._active.values())
 
-    def num_in(self, *phases: Phase) -> int:
-        return sum(1 for active in self._active.values() if active.phase in phases)
+    def num_in(self, *phases: Phase, background: bool = True) -> int:
+        """Jobs in one of these phases; without `background` only those that give way to nobody."""
+        return sum(1 for active in self._active.values() if active.phase in phases and (background or not active.is_background))
 
-    @property
-    def num_waiting_tokens(self) -> int:
+    def num_waiting_tokens(self, *, background: bool = True) -> int:
         """Prompt tokens that were given to the engine and have not produced a token yet."""
-        return sum(len(a.prompt_ids) for a in self._active.values() if a.phase is Phase.RUNNING and a.num_output == a.num_stored == 0)
+        return sum(len(a.prompt_ids) for a in self._active.values()
+                   if a.phase is Phase.RUNNING and a.num_output == a.num_stored == 0 and (background or not a.is_background))
 
     def owned(self) -> list[OwnedJob]:
         """What to assert after Redis lost data: what we emit for or commit. The rest is dropped: somebody else may own it by now."""

@@ -38,10 +38,11 @@ class KVCache:
 
     @classmethod
     def create(cls, config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device,
-               weights: str = "") -> "KVCache":
-        """A zeroed pool. `weights` is `loader.weights_hash` of the model, for the layout. Raises ConfigError if memory is short."""
+               weights: str = "", tp_size: int = 1) -> "KVCache":
+        """A zeroed pool. `config` counts a rank's own heads. `weights` is `loader.weights_hash` of the model, `tp_size` the ranks that
+        hold a sequence together, both for the layout. Raises ConfigError if memory is short."""
         layout = KVLayout(model="", weights=weights, kind=config.kv_kind, num_layers=config.num_layers, row=config.kv_row,
-                          dtype=str(dtype).removeprefix("torch."), page_size=page_size)
+                          dtype=str(dtype).removeprefix("torch."), page_size=page_size, tp_size=tp_size)
         shape = _flat_shape(layout, num_pages)
         if device.type == "cpu":
             flat, fd = _shared_tensor(shape, dtype)

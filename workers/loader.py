@@ -1,7 +1,8 @@
 """Weights from safetensors files: checked against what the model needs, converted on the way, read by several threads.
 
-Files are mapped, so a tensor that nobody asks for is never read. Every name in the checkpoint must be used or be known to carry
-nothing for us; every name that the model needs must be there in its shape.
+Files are mapped, so a tensor, or the part of one outside of a rank's `Cut`, that nobody asks for is never read. Every name in the
+checkpoint must be used, left to other ranks or known to carry nothing for us; every name that the model needs must be there in its
+shape.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from coordinator.errors import ConfigError
 from kernels.block_fp8 import BLOCK, BlockFp8
+from workers.cut import Cut
 from workers.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ HASHED_SAMPLES, HASHED_BYTES = 64, 4096  # evenly spaced in each weight file
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 
 Progress = Callable[[int, int], None]  # (loaded bytes, total bytes)
+Cuts = Sequence[Cut | None]            # what is read of each of several tensors; empty: all of all
 _Item = TypeVar("_Item")
 _Built = TypeVar("_Built")
 
@@ -59,8 +62,9 @@ class Checkpoint:
     """The weights of `model_dir`, handed out as tensors of `dtype` on `device`. Safe to use from many threads.
 
     `keeps_fp8`: fp8 weights are handed out as they are stored where a caller can take them so; None: on GPUs.
+    Shapes are those of what is handed out: where a cut goes with a tensor, the stored one is larger along the cut's dimension.
     Raises ConfigError: from the constructor for files that are missing, cut off or not safetensors, from the reading methods for
-    tensors that are missing or of another shape, from `finish` for tensors that nobody read.
+    tensors that are missing or of another shape, from `finish` for tensors that nobody read or left.
     """
 
     def __init__(self, model_dir: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device,
@@ -79,51 +83,61 @@ class Checkpoint:
         self._handles: dict[Path, Any] = {}
         self._lock = threading.Lock()
 
-    def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor `name`, which must have `shape`."""
-        return self.stacked([name], list(shape), dtype=dtype)
+    def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None, cut: Cut | None = None) -> Tensor:
+        """The tensor `name`, or a part of it, in `shape`."""
+        return self.stacked([name], list(shape), dtype=dtype, cuts=[cut])
 
-    def stacked(self, names: Sequence[str], shape: list[int], *, rows: Sequence[int] | None = None,
-                dtype: torch.dtype | None = None) -> Tensor:
+    def stacked(self, names: Sequence[str], shape: list[int], *, rows: Sequence[int] | None = None, dtype: torch.dtype | None = None,
+                cuts: Cuts = ()) -> Tensor:
         """Several tensors one below the other in one of `shape`; `rows` tells how the first dimension is split among them."""
         out = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
-        for name, part in zip(names, out.split_with_sizes(list(rows or shape[:1])), strict=True):
-            self.fill(part, name)
+        for name, part, cut in zip(names, out.split_with_sizes(list(rows or shape[:1])), cuts or [None] * len(names), strict=True):
+            self.fill(part, name, cut)
         return out
 
-    def linear(self, names: Sequence[str], shape: list[int], *, rows: Sequence[int] | None = None) -> Tensor | BlockFp8:
+    def linear(self, names: Sequence[str], shape: list[int], *, rows: Sequence[int] | None = None, cuts: Cuts = ()) -> Tensor | BlockFp8:
         """As `stacked`, for a matrix that may stay in fp8."""
         parts = list(rows or shape[:1])
-        if not self._stays_fp8(names, parts, shape[-1]):
-            return self.stacked(names, shape, rows=parts)
+        if not self._stays_fp8(names, parts, shape[-1], cuts or [None] * len(names)):
+            return self.stacked(names, shape, rows=parts, cuts=cuts)
         out = self._empty_fp8(shape)
-        self._fill_fp8(out.data, out.scale, names, parts)
+        self._fill_fp8(out.data, out.scale, names, parts, cuts or [None] * len(names))
         return out
 
-    def linears(self, names: Sequence[Sequence[str]], shape: list[int], *, rows: Sequence[int] | None = None) -> Tensor | BlockFp8:
-        """Matrices [B, N, K] of one shape, the names of each one's parts in `names`; otherwise as `linear`."""
+    def linears(self, names: Sequence[Sequence[str]], shape: list[int], *, rows: Sequence[int] | None = None,
+                cuts: Cuts = ()) -> Tensor | BlockFp8:
+        """Matrices [B, N, K] of one shape, the names of each one's parts in `names`; `cuts` are those of each one's parts."""
         parts = list(rows or shape[1:2])
-        if not self._stays_fp8([name for matrix in names for name in matrix], parts * len(names), shape[-1]):
+        cuts = cuts or [None] * len(parts)
+        if not self._stays_fp8([name for matrix in names for name in matrix], parts * len(names), shape[-1], [*cuts] * len(names)):
             whole = torch.empty(shape, dtype=self.dtype, device=self.device)
             for matrix, of_matrix in zip(whole, names, strict=True):
-                for name, part in zip(of_matrix, matrix.split_with_sizes(parts), strict=True):
-                    self.fill(part, name)
+                for name, part, cut in zip(of_matrix, matrix.split_with_sizes(parts), cuts, strict=True):
+                    self.fill(part, name, cut)
             return whole
         out = self._empty_fp8(shape)
         for data, scale, of_matrix in zip(out.data, out.scale, names, strict=True):
-            self._fill_fp8(data, scale, of_matrix, parts)
+            self._fill_fp8(data, scale, of_matrix, parts, cuts)
         return out
 
-    def fill(self, out: Tensor, name: str) -> None:
-        """Copy the tensor `name` into `out`, which has its shape."""
-        stored = self._expected(name, out.shape)
+    def fill(self, out: Tensor, name: str, cut: Cut | None = None) -> None:
+        """Copy the tensor `name`, or a part of it, into `out`."""
+        stored = self._expected(name, out.shape, cut)
         if stored.dtype == "F8_E4M3":
-            out.copy_(self._dequantized(name, stored))
+            out.copy_(self._dequantized(name, stored, out.shape, cut))
         elif stored.dtype in DTYPE_BYTES:
-            out.copy_(self._mapped(name, stored))
+            out.copy_(_part(self._mapped(name, stored), out.shape, cut))
         else:
             raise ConfigError(f"{stored.file}: tensor {name} is of type {stored.dtype}, supported are {', '.join(DTYPE_BYTES)}")
-        self._count(name, stored)
+        self._count(name, stored, out.numel() * DTYPE_BYTES[stored.dtype])
+
+    def leave(self, prefix: str) -> None:
+        """Tensors whose names start so belong to other ranks: they are not read here. Raises ConfigError if there are none."""
+        names = [name for name in self._stored if name.startswith(prefix)]
+        if not names:
+            raise ConfigError(f"{self._dir}: tensors {prefix}… are missing")
+        for name in names:
+            self._count(name, self._stored[name], 0)
 
     def build(self, make: Callable[[_Item], _Built], items: Iterable[_Item], num_threads: int) -> list[_Built]:
         """[make(item) for item in items] with `num_threads` threads; the first error cancels the rest."""
@@ -150,41 +164,57 @@ class Checkpoint:
             tensor: Tensor = handle.get_tensor(name)  # a view of the mapped file: no bytes are read yet
             return tensor
 
-    def _expected(self, name: str, shape: Sequence[int]) -> Stored:
-        """What is stored as `name`, which must have that shape."""
+    def _expected(self, name: str, shape: Sequence[int], cut: Cut | None = None) -> Stored:
+        """What is stored as `name`: of that shape, or longer where it is cut."""
         stored = self._stored.get(name)
         if stored is None:
             raise ConfigError(f"{self._dir}: tensor {name} is missing")
-        if stored.shape != tuple(shape):
-            raise ConfigError(f"{stored.file}: tensor {name} has shape {list(stored.shape)}, the model needs {list(shape)}")
+        expected = list(shape)
+        if cut is not None:
+            assert 0 <= cut.start <= cut.start + expected[cut.dim] <= cut.whole
+            expected[cut.dim] = cut.whole
+        if stored.shape != tuple(expected):
+            raise ConfigError(f"{stored.file}: tensor {name} has shape {list(stored.shape)}, the model needs {expected}")
         return stored
 
-    def _stays_fp8(self, names: Sequence[str], rows: Sequence[int], columns: int) -> bool:
-        """Whether all parts are fp8 and their blocks fit kernels: whole ones in every row and in every part that another follows."""
-        is_fp8 = all(name in self._stored and self._stored[name].dtype == "F8_E4M3" for name in names)
-        fits = columns % BLOCK == 0 and rows[-1] % FP8_ROWS == 0 and all(count % BLOCK == 0 for count in rows[:-1])
-        return self.keeps_fp8 and is_fp8 and fits
+    def _stays_fp8(self, names: Sequence[str], rows: Sequence[int], columns: int, cuts: Cuts) -> bool:
+        """Whether all parts are fp8 and their blocks fit kernels: whole ones in every row and in every part that another follows.
+
+        Raises ConfigError where only the cut is to blame that they do not: FP8 weights would silently take twice their memory.
+        """
+        if not self.keeps_fp8 or not all(name in self._stored and self._stored[name].dtype == "F8_E4M3" for name in names):
+            return False
+        if _fits_blocks(rows, columns) and all(cut is None or cut.start % BLOCK == 0 for cut in cuts):
+            return True
+        stored = [self._stored[name].shape for name in names]
+        if _fits_blocks([shape[0] for shape in stored], stored[0][-1]):
+            raise ConfigError(f"{self._dir}: a rank's part of {names[0]} is not made of whole FP8 blocks of {BLOCK}: use a smaller --tp, "
+                              "or for experts MOE_MODE=EP")
+        return False
 
     def _empty_fp8(self, shape: list[int]) -> BlockFp8:
         *batch, rows, columns = shape
         return BlockFp8(torch.empty(shape, dtype=torch.float8_e4m3fn, device=self.device),
                         torch.empty([*batch, -(-rows // BLOCK), -(-columns // BLOCK)], dtype=torch.float32, device=self.device))
 
-    def _fill_fp8(self, data: Tensor, scale: Tensor, names: Sequence[str], rows: list[int]) -> None:
+    def _fill_fp8(self, data: Tensor, scale: Tensor, names: Sequence[str], rows: list[int], cuts: Cuts) -> None:
         """Copy e4m3 numbers and their scales as they are; the parts' rows follow each other."""
         by_part = data.split_with_sizes(rows), scale.split_with_sizes([-(-count // BLOCK) for count in rows])
-        for name, numbers, scales in zip(names, *by_part, strict=True):
-            stored = self._expected(name, numbers.shape)
-            scales.copy_(self._block_scales(name, stored))
-            numbers.copy_(self._mapped(name, stored))
-            self._count(name, stored)
+        for name, numbers, scales, cut in zip(names, *by_part, cuts, strict=True):
+            stored = self._expected(name, numbers.shape, cut)
+            of_blocks = None if cut is None else Cut(cut.dim, cut.start // BLOCK, -(-cut.whole // BLOCK))
+            scales.copy_(_part(self._block_scales(name, stored), scales.shape, of_blocks))
+            numbers.copy_(_part(self._mapped(name, stored), numbers.shape, cut))
+            self._count(name, stored, numbers.numel())
 
-    def _dequantized(self, name: str, stored: Stored) -> Tensor:
-        """e4m3 values times the scale of their block."""
+    def _dequantized(self, name: str, stored: Stored, shape: Sequence[int], cut: Cut | None) -> Tensor:
+        """e4m3 values times the scale of their block. A cut may start and end inside of blocks."""
         scale = self._block_scales(name, stored).float()
-        (rows, columns), (block_rows, block_columns) = stored.shape, self._fp8_block or (BLOCK, BLOCK)
-        by_element = scale.repeat_interleave(block_rows, 0)[:rows].repeat_interleave(block_columns, 1)[:, :columns]
-        return self._mapped(name, stored).float().mul_(by_element)
+        for dim, (size, block) in enumerate(zip(shape, self._fp8_block or (BLOCK, BLOCK), strict=True)):
+            start = cut.start if cut is not None and cut.dim == dim else 0
+            blocks = scale.narrow(dim, start // block, -(-(start + size) // block) - start // block)
+            scale = blocks.repeat_interleave(block, dim).narrow(dim, start % block, size)
+        return _part(self._mapped(name, stored), shape, cut).float().mul_(scale)
 
     def _block_scales(self, name: str, stored: Stored) -> Tensor:
         scales = self._stored.get(name + SCALE_SUFFIX)
@@ -193,14 +223,24 @@ class Checkpoint:
         (rows, columns), (block_rows, block_columns) = stored.shape, self._fp8_block
         if scales.shape != (-(-rows // block_rows), -(-columns // block_columns)):
             raise ConfigError(f"{stored.file}: {name}{SCALE_SUFFIX} of shape {list(scales.shape)} does not cover {list(stored.shape)}")
-        self._count(name + SCALE_SUFFIX, scales)
+        self._count(name + SCALE_SUFFIX, scales, scales.num_bytes)
         return self._mapped(name + SCALE_SUFFIX, scales)
 
-    def _count(self, name: str, stored: Stored) -> None:
+    def _count(self, name: str, stored: Stored, num_bytes: int) -> None:
+        """What a rank leaves to others is no part of its total."""
         with self._lock:
             self._unread.discard(name)
-            self._loaded_bytes += stored.num_bytes
+            self._loaded_bytes += num_bytes
+            self._total_bytes -= stored.num_bytes - num_bytes
             self._progress(self._loaded_bytes, self._total_bytes)
+
+
+def _part(tensor: Tensor, shape: Sequence[int], cut: Cut | None) -> Tensor:
+    return tensor if cut is None else tensor.narrow(cut.dim, cut.start, shape[cut.dim])
+
+
+def _fits_blocks(rows: Sequence[int], columns: int) -> bool:
+    return columns % BLOCK == 0 and rows[-1] % FP8_ROWS == 0 and all(count % BLOCK == 0 for count in rows[:-1])
 
 
 def weights_hash(model_dir: Path) -> str:

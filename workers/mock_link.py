@@ -45,7 +45,7 @@ class MockLink:
         """Never: it lives on the loop that would wait for it."""
         await asyncio.Event().wait()
 
-    async def stop(self) -> int:
+    async def stop(self, grace_s: float = 0.0) -> int:
         self.send(Shutdown())
         await asyncio.wait([self._task])
         return self.process.wait()

@@ -27,24 +27,24 @@ AGEING_S = 2.0          # however busy the classes above: one job of a class is 
 class Pulling:
     """Keeps `handle` supplied with deliveries, best class first, the lanes of a class in turn.
 
-    classes     consumers by class, best first; within a class one per lane
-    room        how many more deliveries may be taken up now; 0 stops pulling
-    handle      takes up one delivery; runs as a task of its own
-    free        with `num_slots`: how many of them are free. The last class then leaves a part free, so that what comes above it finds a
-                slot at once, and small batches to run in: it soaks up what is idle
+    classes         consumers by class, best first; within a class one per lane
+    room            how many more deliveries may be taken up now; 0 stops pulling
+    room_for_last   the same for the last class, which gives way to the others in the engine: it soaks up what is idle
+    handle          takes up one delivery; runs as a task of its own
+    num_slots       the last class leaves a part of so many slots free, so that what comes above it finds one at once, and small batches
+                    to run in
 
     With room, one message per lane may come by itself (a pull stands open). When one came, the classes are emptied in their order as far
     as the room goes, one message per lane and round: a lower class is served when nothing waits above it, or when it has waited long.
     """
 
-    def __init__(self, bus: Bus, classes: list[list[str]], room: Callable[[], int],
-                 handle: Callable[[Delivery], Coroutine[None, None, None]], *, free: Callable[[], int] | None = None,
-                 num_slots: int = 0) -> None:
+    def __init__(self, bus: Bus, classes: list[list[str]], *, room: Callable[[], int], room_for_last: Callable[[], int], num_slots: int,
+                 handle: Callable[[Delivery], Coroutine[None, None, None]]) -> None:
         self._bus = bus
         self._classes = [list(lanes) for lanes in classes]
         self._room = room
+        self._room_for_last = room_for_last
         self._handle = handle
-        self._free = free
         self._num_slots = num_slots
         self._above = {lane for lanes in classes[:-1] for lane in lanes}
         self._busy_until = 0.0
@@ -82,14 +82,14 @@ class Pulling:
             self._should_probe = True
             self._want(0)
             return
-        if not self._should_probe:
+        if not self._should_probe and self._left_for_last() > 0:
             return
         self._should_probe = False
         room -= await self._take_aged(room)
         *above, last = range(len(self._classes))
         for index in above:
             room -= await self._take_active(index, room)
-        room_for_last = self._room_for_last(room)
+        room_for_last = min(room, self._left_for_last())
         num_taken = await self._take_active(last, room_for_last)
         if num_taken >= room_for_last:
             self._should_probe = True
@@ -103,16 +103,16 @@ class Pulling:
         self._looked_at[index] = now
         return await self._take_in_turn([lane for lane in lanes if self._active_until.get(lane, 0.0) > now], lanes, room)
 
-    def _room_for_last(self, room: int) -> int:
-        if self._free is None:
-            return room
+    def _left_for_last(self) -> int:
         kept = KEPT_BUSY if time.monotonic() < self._busy_until else KEPT_IDLE
-        return min(room, self._free() - len(self._taken_up) - int(kept * self._num_slots))
+        return self._room_for_last() - len(self._taken_up) - int(kept * self._num_slots)
 
     async def _take_aged(self, room: int) -> int:
         """One job of a class that the classes above it have kept waiting too long."""
-        now = time.monotonic()
+        now, last = time.monotonic(), len(self._classes) - 1
         for index, lanes in enumerate(self._classes):
+            if index == last and self._room_for_last() <= len(self._taken_up):
+                continue
             if room > 0 and index > 0 and now - self._looked_at[index] > index * AGEING_S:
                 self._looked_at[index] = now
                 return await self._take_in_turn(list(lanes), lanes, 1)
@@ -191,4 +191,4 @@ def lane_consumers(model: str, lanes: Iterable[str]) -> list[list[str]]:
 
 
 def handoff_consumers(model: str) -> list[list[str]]:
-    return [[subjects.handoff_consumer(model)]]
+    return [[subjects.handoff_consumer(model, lane)] for lane in subjects.handoff_lanes()]

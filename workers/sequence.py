@@ -47,6 +47,7 @@ class ImportSource:
     page_ids: tuple[int, ...]
     num_tokens: int
     layout: KVLayout
+    rank_addresses: tuple[str, ...] = ()  # of all ranks' pools, where the source has several
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +143,8 @@ def open_sequence(command: AddSequence | ImportSequence, limits: Limits) -> Sequ
         if len(command.page_ids) < num_pages or any(page >= command.source.num_pages for page in command.page_ids):
             raise InvalidField("page_ids", f"{num_tokens} tokens need {num_pages} pages below {command.source.num_pages}")
         sequence.source = ImportSource(address=command.source.address, num_pages=command.source.num_pages, num_tokens=num_tokens,
-                                       page_ids=command.page_ids[:num_pages], layout=command.layout)
+                                       page_ids=command.page_ids[:num_pages], layout=command.layout,
+                                       rank_addresses=command.source.rank_addresses)
     return sequence
 
 

@@ -1,6 +1,24 @@
 """Settings of a worker, one section per receiver. Flags map onto them in workers/worker.py; nothing else reads flags or the environment."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSettings:
+    """One engine process among those that compute together. The defaults: it computes alone."""
+
+    rank: int = 0                  # of all `tp` ranks, over all nodes
+    local_rank: int = 0            # of those on this node: the number of its GPU
+    num_local: int = 1             # ranks on this node
+    desk: str = ""                 # host:port where ranks meet (coordinator/desk.py)
+    tp: int = 1
+    dp: int = 1
+    moe_mode: str = "TP"
+    ep_exchange: str = "auto"
+    ep_redundant_experts: int = 0
+    ep_rebalance_steps: int = 0
+    prefill_overlap: bool = False
+    decode_overlap: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +46,7 @@ class EngineSettings:
     use_cuda_graphs: bool = True
     use_fa3: bool = False
     depth: int = 0                   # steps between launch and result: 1 on CPU, 2 on GPU
+    ranks: RankSettings = field(default_factory=RankSettings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,11 +14,13 @@ from collections.abc import AsyncIterator
 from coordinator import lifeline
 from coordinator.bus import Bus
 from coordinator.errors import ConfigError, TokenmillError, Unavailable
+from coordinator.rendezvous import CRASHED, DONE, PEER_STATUS, VANISHED
 from coordinator.store import Blame, Store
 from coordinator.subjects import model_token
 from coordinator.tokenizer import Tokenizer
 from coordinator.watcher import Watcher
-from workers.engine_link import EngineLink
+from workers import rank_flags
+from workers.engine_link import SHUTDOWN_GRACE_S, EngineLink
 from workers.engine_messages import Event, Progress, Ready, Stats
 from workers.incarnation import Incarnation
 from workers.load_progress import LoadProgress
@@ -32,7 +34,17 @@ Engine = EngineLink | MockLink
 RETRY_S = 1.0
 CONFIG_STATUS = 2   # starting again would not help
 CPU_STALL_S, GPU_STALL_S = 120.0, 60.0  # many times the longest step
+# Another rank's end ended the engine: what its jobs are blamed for. Whoever goes on with them may meet the same fault in them.
+PEER_BLAME: dict[int, Blame] = {PEER_STATUS[DONE]: "", PEER_STATUS[VANISHED]: "death", PEER_STATUS[CRASHED]: "crash"}
 NO_STATS = Stats(free_pages=0, total_pages=0, cached_pages=0, held_pages=0, pinned=0, running=0, waiting=0, importing=0, free_tokens=1)
+
+
+class GroupLost(TokenmillError):
+    """The engine ended while loading, since another rank did."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__("the group broke while it loaded")
+        self.status = status
 
 
 class Worker:
@@ -43,6 +55,7 @@ class Worker:
         self._stopping = asyncio.Event()
         self._failure = ""
         self._blame: Blame = ""
+        self._status = 1
         self._stats = NO_STATS
         self._incarnation: Incarnation | None = None
 
@@ -72,11 +85,18 @@ class Worker:
         finally:
             for task in tasks:
                 task.cancel()
-            status = await engine.stop()
+            status = await engine.stop(self._engine_grace_s)
         if self._failure:
             log.error("%s", self._failure)
-            return 1
+            return self._status
         return status
+
+    @property
+    def _engine_grace_s(self) -> float:
+        """Where dp groups step together an engine ends with the last of them, whose worker may still have jobs to finish."""
+        ranks = self._settings.engine.ranks
+        are_together = ranks.moe_mode == "EP" and ranks.dp > 1
+        return SHUTDOWN_GRACE_S + (self._settings.drain_timeout_s if are_together and not self._failure else 0.0)
 
     async def _load(self, engine: Engine, events: AsyncIterator[Event]) -> Ready:
         with LoadProgress(self._settings.engine.model_dir) as bar:
@@ -88,6 +108,8 @@ class Worker:
         status = await asyncio.to_thread(engine.process.wait)
         if status == CONFIG_STATUS:
             raise ConfigError("the engine refused its settings")  # it said which
+        if status in PEER_BLAME:
+            raise GroupLost(status)
         raise TokenmillError(f"the engine ended while loading (status {status})")
 
     async def _until_provisioned(self, bus: Bus, store: Store) -> None:
@@ -128,7 +150,11 @@ class Worker:
             if self._incarnation is not None:
                 self._incarnation.on_event(event)
         status = await asyncio.to_thread(engine.process.wait)
-        self._fail(f"the engine process ended with status {status}", "death" if status in (-signal.SIGKILL, -signal.SIGTERM) else "crash")
+        if status in PEER_BLAME:
+            self._fail("the engine ended with its group", PEER_BLAME[status], status)
+        else:
+            was_killed = status in (-signal.SIGKILL, -signal.SIGTERM)
+            self._fail(f"the engine process ended with status {status}", "death" if was_killed else "crash")
 
     async def _watch(self, engine: Engine, ready: Ready) -> None:
         """An engine that hangs is ended, and is as good as one that crashed: its jobs go back into the queue, each of them a suspect."""
@@ -137,19 +163,19 @@ class Worker:
         self._fail(f"the engine process made no progress for {limit_s:g} s: killed", "crash")
         engine.process.kill()
 
-    def _fail(self, why: str, blame: Blame = "") -> None:
+    def _fail(self, why: str, blame: Blame = "", status: int = 1) -> None:
         """The first reason counts."""
         if not self._failure:
-            self._failure, self._blame = why, blame
+            self._failure, self._blame, self._status = why, blame, status
         self._stopping.set()
 
 
-def _parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
+def parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
     parser = argparse.ArgumentParser(prog="workers.worker", description="One worker: an I/O process and its engine.", allow_abbrev=False)
     add = parser.add_argument
     add("--role", choices=["prefill", "decode", "both"], default="both")
-    add("--nats_url", required=True)
-    add("--redis_url", required=True)
+    for flag, name in (("--nats_url", "TOKENMILL_NATS_URL"), ("--redis_url", "TOKENMILL_REDIS_URL")):
+        add(flag, default=os.environ.get(name, ""), required=name not in os.environ)   # unseen by others: URLs may carry passwords
     add("--model_dir", required=True)
     add("--model_name", default="default_model_name")
     add("--worker_id", default="")
@@ -176,6 +202,7 @@ def _parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
     add("--engine_stall_s", type=float, default=0.0, help="kill an engine silent for this long (default: 60 on a GPU, 120 on a CPU)")
     add("--drain_timeout", type=float, default=30.0)
     add("--log_level", default="warning")
+    rank_flags.add(parser)
     flags = parser.parse_args(argv)
     dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
     engine = EngineSettings(
@@ -186,7 +213,8 @@ def _parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
         chunked_prefill_size=flags.chunked_prefill_size, load_workers=flags.load_workers, num_threads=flags.num_threads,
         use_prefix_cache=not flags.disable_dynamic_prompt_cache, report_blocks=flags.prefix_affinity == "on",
         graph_max_batch_size=flags.graph_max_batch_size,
-        use_cuda_graphs=not flags.disable_cudagraph, use_fa3=flags.enable_fa3)
+        use_cuda_graphs=not flags.disable_cudagraph, use_fa3=flags.enable_fa3,
+        ranks=rank_flags.settings(flags))
     worker_id = flags.worker_id or f"{flags.role}-{os.getpid()}"
     return WorkerSettings(nats_url=flags.nats_url, redis_url=flags.redis_url, worker_id=worker_id, engine=engine,
                           drain_timeout_s=flags.drain_timeout, max_queued=flags.max_queued, lease_s=flags.lease_s,
@@ -204,7 +232,7 @@ async def _run(settings: WorkerSettings) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     lifeline.hold_on()
-    settings, level = _parse(argv)
+    settings, level = parse(argv)
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         import uvloop
@@ -216,6 +244,8 @@ def main(argv: list[str] | None = None) -> int:
 async def _guarded(settings: WorkerSettings) -> int:
     try:
         return await _run(settings)
+    except GroupLost as error:
+        return error.status
     except TokenmillError as error:
         print(f"worker {settings.worker_id}: {error}", file=sys.stderr)
         return CONFIG_STATUS if isinstance(error, ConfigError) else 1

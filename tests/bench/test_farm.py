@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import farm
+from bench import background_figures, farm
 from bench.farm_process import FarmFailed, running_farm
 from bench.transformers_peer import TransformersPeer
 from tests.bench.scripted_server import lightllm_stream, refusal, serving
@@ -18,10 +18,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_model(tmp_path_factory.mktemp("model"), "llama")
 
 
-def test_every_section_has_a_row_with_a_bar(tiny_model: Path, tmp_path: Path) -> None:
+def test_every_section_that_asks_one_endpoint_has_a_row_with_a_bar(tiny_model: Path, tmp_path: Path) -> None:
     with serving(lambda number, body: lightllm_stream(body)) as server:
         given = ["--url", server.url.removesuffix("/generate_stream"), "--model_dir", str(tiny_model), "--out", str(tmp_path / "r")]
-        status = farm.main([*given, "--rounds", "1", "--num_threads", "1"])
+        status = farm.main([*given, "--rounds", "1", "--num_threads", "1", "--sections", "single", "many", "first"])
     report = json.loads((tmp_path / "r.json").read_text())
     assert status == (0 if all(row["met"] for row in report["rows"]) else 1)
     names = [row["name"] for row in report["rows"]]
@@ -58,6 +58,18 @@ def test_the_queue_paths_figure_is_taken_from_a_real_farm_and_a_real_engine(tiny
     assert status == (0 if all(row["met"] for row in rows) else 1)
     assert [row["unit"] for row in rows] == ["ms", "ms"]
     assert {name: len(samples) for name, samples in rows[0]["samples"].items()} == {"farm_ms": 10, "engine_ms": 10, "http_ms": 10}
+
+
+@pytest.mark.system
+def test_what_a_batch_costs_others_is_taken_from_a_real_farm(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background_figures, "ALONE_S", 1.0)
+    monkeypatch.setattr(background_figures, "BATCH_LINES", 3000)
+    monkeypatch.setattr(farm, "BATCH_REQUESTS", 8)
+    status = farm.main(["--sections", "batch", "--model_dir", str(tiny_model), "--rounds", "1", "--out", str(tmp_path / "r")])
+    [row] = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert status == (0 if row["met"] else 1)
+    assert len(row["samples"]["alone_first_token_s"]) == len(row["samples"]["beside_first_token_s"]) == 8
+    assert row["samples"]["batch_tok_s"] > 0
 
 
 @pytest.mark.services

@@ -43,7 +43,8 @@ async def test_provisioning_makes_the_farm_once_and_says_so_once(nats_url: str) 
         assert set((await bus.api("STREAM.NAMES"))["streams"]) == {"JOBS", "HANDOFF", "OUT", "RESULTS", "DLQ", "ROSTER"}
         assert set((await bus.api("CONSUMER.NAMES.JOBS"))["consumers"]) == {
             subjects.jobs_consumer(model, klass, lane) for model in ("m1", "m2") for klass in CLASSES for lane in subjects.job_lanes()}
-        assert set((await bus.api("CONSUMER.NAMES.HANDOFF"))["consumers"]) == {"handoff-m1-any", "handoff-m2-any"}
+        assert set((await bus.api("CONSUMER.NAMES.HANDOFF"))["consumers"]) == {
+            f"handoff-{model}-{lane}" for model in ("m1", "m2") for lane in ("any", "background")}
 
 
 async def test_of_many_processes_that_provision_at_once_exactly_one_made_the_farm(nats_url: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import redis.asyncio as redis
 
 from coordinator.embedded import EmbeddedServices
-from coordinator.errors import QueueFull, Unavailable
+from coordinator.errors import FarmMismatch, QueueFull, Unavailable
 from coordinator.store import AdmissionLimits, Admitted, Claim, LeaseLapsed, OwnedJob, Store, owner_name
 
 pytestmark = pytest.mark.services
@@ -314,4 +314,47 @@ async def test_a_redis_that_is_not_there_is_unavailable_within_a_second() -> Non
     store = Store("redis://127.0.0.1:1")
     with pytest.raises(Unavailable):
         await store.renew("a.1", INFO)
+    await store.close()
+
+
+LAYOUT = {"weights": "w1", "kind": "gqa", "num_layers": 2, "row": 64, "dtype": "float32", "page_size": 16, "tp_size": 1}
+
+
+def laid_out(**changes: Any) -> dict[str, Any]:
+    return {**INFO, "layout": {**LAYOUT, **changes}}
+
+
+async def test_a_worker_that_differs_from_the_living_ones_of_its_model_is_refused_with_both_values(store: Store) -> None:
+    incarnation, _ = await store.register("a", laid_out())
+    for change in ({"page_size": 32}, {"dtype": "bfloat16"}, {"weights": "w2"}, {"row": 128}):
+        (field, value), = change.items()
+        with pytest.raises(FarmMismatch, match=f"differs from a.{incarnation} in {field} here {value!r}, there {LAYOUT[field]!r}"):
+            await store.register("b", laid_out(**change))
+    await store.register("ranks", laid_out(tp_size=8))                             # how many ranks share it is each worker's own affair
+    await store.register("other", {**laid_out(page_size=32), "model": "another"})
+    assert sorted(view.worker for view in await store.workers()) == ["a", "other", "ranks"]
+
+
+async def test_once_the_last_worker_of_a_model_is_gone_the_next_one_decides(store: Store) -> None:
+    incarnation, _ = await store.register("a", laid_out())
+    with pytest.raises(FarmMismatch):
+        await store.register("b", laid_out(page_size=32))
+    await lapse(store, owner_name("a", incarnation))
+    await store.register("b", laid_out(page_size=32))
+    with pytest.raises(FarmMismatch):
+        await store.register("a", laid_out())
+
+
+async def test_after_redis_was_restarted_nobody_differs_from_workers_that_have_not_spoken_yet(own_services: EmbeddedServices) -> None:
+    store = Store(own_services.redis_url, lease_s=2.0)
+    await store.found()
+    incarnation, _ = await store.register("a", laid_out())
+    own_services.restart_redis()
+    with pytest.raises(Unavailable):
+        await store.ping()                 # the old connection
+    with pytest.raises(Unavailable, match="may yet say that they live"):
+        await store.register("b", laid_out(page_size=32))
+    await store.reassert(owner_name("a", incarnation), laid_out(), [])
+    with pytest.raises(FarmMismatch):
+        await store.register("b", laid_out(page_size=32))
     await store.close()

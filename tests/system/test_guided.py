@@ -19,7 +19,7 @@ from tests.workers.schemas import random_schema
 
 pytestmark = [pytest.mark.system, pytest.mark.services]
 
-NUM_SCHEMAS = 50
+NUM_SCHEMAS, MANY_SCHEMAS = 50, 200
 LEASE_S = 1.0
 MAX_NEW_TOKENS = 1500
 
@@ -40,9 +40,9 @@ async def generate(client: httpx.AsyncClient, url: str, number: int, **parameter
     return await client.post(f"{url}/generate", json={"inputs": [7, 11, 13, number], "parameters": given})
 
 
-def schemas() -> list[dict[str, Any]]:
+def schemas(count: int) -> list[dict[str, Any]]:
     rng = random.Random(11)
-    return [random_schema(rng, depth=1) for _ in range(NUM_SCHEMAS)]
+    return [random_schema(rng, depth=1) for _ in range(count)]
 
 
 def check(reply: httpx.Response, schema: dict[str, Any]) -> list[int]:
@@ -54,12 +54,38 @@ def check(reply: httpx.Response, schema: dict[str, Any]) -> list[int]:
     return [token["id"] for token in body["tokens"]]
 
 
-async def test_fifty_schemas_answers_validate_and_disaggregated_ones_are_the_same(farm: Farm) -> None:
-    async with httpx.AsyncClient(timeout=120) as client:
+@pytest.mark.parametrize("count", [NUM_SCHEMAS, pytest.param(MANY_SCHEMAS, marks=pytest.mark.chaos)])
+async def test_answers_to_random_schemas_validate_and_disaggregated_ones_are_the_same(farm: Farm, count: int) -> None:
+    given = schemas(count)
+    async with httpx.AsyncClient(timeout=250) as client:
         pd, both = [await asyncio.gather(*(generate(client, farm.url(name), number, guided_json=schema)
-                                           for number, schema in enumerate(schemas()))) for name in (PD, BOTH)]
-    for schema, ours, alone in zip(schemas(), pd, both, strict=True):
+                                           for number, schema in enumerate(given))) for name in (PD, BOTH)]
+    for schema, ours, alone in zip(given, pd, both, strict=True):
         assert check(ours, schema) == check(alone, schema)
+
+
+@pytest.mark.chaos
+async def test_answers_to_many_schemas_validate_though_the_decode_worker_is_killed_again_and_again(farm: Farm, mortal: Farm) -> None:
+    """Each kill comes when a quarter more of the answers are there; the rest is somewhere between prompt and last token."""
+    given = schemas(MANY_SCHEMAS)
+    num_kills = 0
+    async with httpx.AsyncClient(timeout=250, limits=httpx.Limits(max_connections=MANY_SCHEMAS)) as client:
+        tasks = [asyncio.create_task(generate(client, mortal.url(PD), number, guided_json=schema)) for number, schema in enumerate(given)]
+        for num_done in (MANY_SCHEMAS // 4, MANY_SCHEMAS // 2, 3 * MANY_SCHEMAS // 4):
+            while sum(task.done() for task in tasks) < num_done:
+                await asyncio.sleep(0.01)
+            num_open = sum(not task.done() for task in tasks)
+            [name] = [name for name in mortal.processes if name.startswith("decode")]
+            mortal.processes.pop(name).kill()
+            num_kills += 1
+            mortal.worker("decode", f"decode-again-{num_kills}")
+            assert num_open > 0, "somebody was in the middle"
+        resumed = await asyncio.gather(*tasks)
+        whole = await asyncio.gather(*(generate(client, farm.url(BOTH), number, guided_json=schema) for number, schema in enumerate(given)))
+    for schema, ours, alone in zip(given, resumed, whole, strict=True):
+        assert check(ours, schema) == check(alone, schema)
+    print(f"{len(resumed)} answers validate after {num_kills} kills")
+    await mortal.wait_at_rest(model=PD)
 
 
 async def test_answers_still_validate_when_the_decode_worker_is_killed_in_the_middle(mortal: Farm) -> None:

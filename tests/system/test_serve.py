@@ -13,6 +13,8 @@ import httpx
 import psutil
 import pytest
 
+from tests.system.serving import Servings, free_ports
+
 pytestmark = [pytest.mark.system, pytest.mark.services]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,8 +68,13 @@ def test_whatever_ends_the_farm_no_process_and_no_port_stays(tmp_path: Path, tin
 
 
 @pytest.mark.parametrize(("flags", "environment", "said"), [
-    (["--model_dir", "m", "--tp", "8"], {}, "--tp 8"), (["--model_dir", "m", "--enable-mps"], {}, "--enable_mps"),
-    (["--model_dir", "m"], {"MOE_MODE": "EP"}, "MOE_MODE=EP"), (["--model_dir", "m", "--run_mode", "config_server"], {}, "config_server"),
+    (["--model_dir", "m", "--tp", "8", "--dp", "3"], {}, "--dp 3"), (["--model_dir", "m", "--enable-mps"], {}, "--enable_mps"),
+    (["--model_dir", "m"], {"MOE_MODE": "XP"}, "MOE_MODE=XP"),
+    (["--run_mode", "config_server", "--host", "0.0.0.0"], {}, "cluster token"),
+    (["--run_mode", "config_server"], {"TOKENMILL_CLUSTER_TOKEN": "short"}, "at least 16"),
+    (["--run_mode", "decode", "--pd_master_ip", "a", "--config_server_host", "b"], {}, "--config_server_host and --pd_master_ip"),
+    (["--run_mode", "config_server", "--tls_cert", "c.pem"], {}, "--tls_key"), (["--join", "a:1", "--model_dir", MODEL], {}, "--join"),
+    (["--run_mode", "pd_master", "--host", "0.0.0.0", "--model_dir", MODEL], {}, "keeps the queue"),
     (["--model_dir", MODEL, "--host", "0.0.0.0"], {}, "--insecure"), (["--model_dir", "m", "--run_mode", "prefill"], {}, "--pd_master_ip"),
     (["--model_dir", "m"], {"LOADWORKER": "many"}, "LOADWORKER"), ([], {}, "--model_dir"),
     (["--model_dir", "m", "--enable_decode_microbatch_overlap"], {}, "--enable_decode_microbatch_overlap"),
@@ -98,32 +105,28 @@ def test_a_port_that_is_taken_is_said_at_once(tmp_path: Path, tiny_v3: Path) -> 
     assert f"--port {port}" in log.read_text()
 
 
-def test_three_processes_as_in_the_guide_answer_together(tmp_path: Path, tiny_v3: Path) -> None:
-    master, log = serve(tmp_path, "--run_mode", "pd_master", "--model_dir", str(tiny_v3), "--port", "0", "--state_dir", str(tmp_path / "s"))
-    started = [master]
-    try:
-        url = wait_url(master, log)
-        assert httpx.get(f"{url}/readiness").status_code == 503
-        port = url.rpartition(":")[2]
+def test_the_guides_three_processes_answer_together_also_after_master_and_queue_were_killed(tmp_path: Path, tiny_v3: Path) -> None:
+    port = free_ports(1)[0]
+    environment = {"TOKENMILL": f"{sys.executable} -m tokenmill", "MODEL_DIR": str(tiny_v3), "TP": "1", "DP": "1",
+                   "PD_MASTER_PORT": str(port)}
+    body = {"inputs": [1, 2, 3], "parameters": {"max_new_tokens": 9, "ignore_eos": True}}
+    with Servings(tmp_path, environment) as farm:
+        master = farm.script("master", "single_pd_master/pd_master.sh", "127.0.0.1")
         for role in ("prefill", "decode"):
-            (tmp_path / role).mkdir()
-            started.append(serve(tmp_path / role, "--run_mode", role, "--model_dir", str(tiny_v3), "--pd_master_ip", "127.0.0.1",
-                                 "--pd_master_port", port, "--max_total_token_num", "4096", "--disable_cudagraph")[0])
-        give_up_at = time.monotonic() + 90
-        while httpx.get(f"{url}/readiness").status_code != 200:
-            assert time.monotonic() < give_up_at, [(tmp_path / role / "serve.log").read_text() for role in ("prefill", "decode")]
-            time.sleep(0.1)
-        body = {"inputs": [1, 2, 3], "parameters": {"max_new_tokens": 9, "ignore_eos": True}}
+            farm.script(role, f"single_pd_master/pd_{role}.sh", "127.0.0.1", "127.0.0.1", flags="--max_total_token_num 4096")
+        url = f"http://127.0.0.1:{port}"
+        master.wait_said("pd_master ready")
+        farm.wait_ready(url)
         reply = httpx.post(f"{url}/generate", json=body, timeout=60)
         assert reply.json()["count_output_tokens"] == 9
         asked = [sys.executable, "-m", "tokenmill", "status", "--url", url, "--json"]
         status = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True)
         assert '"role": "prefill"' in status.stdout and '"role": "decode"' in status.stdout
-    finally:
-        for process in reversed(started):
-            process.send_signal(signal.SIGTERM)
-        for process in started:
-            assert process.wait(45) == 0
+        master.kill_all()           # the keeper, NATS and Valkey with it: they come back on the same ports, and the workers reconnect
+        master.start()
+        master.wait_said("pd_master ready", 2)
+        farm.wait_ready(url)
+        assert httpx.post(f"{url}/generate", json=body, timeout=60).json()["generated_text"] == reply.json()["generated_text"]
 
 
 def test_a_second_ctrl_c_ends_at_once_what_the_first_lets_finish(tmp_path: Path, tiny_v3: Path) -> None:

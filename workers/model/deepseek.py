@@ -2,20 +2,30 @@
 
 from kernels.ops import Ops
 from workers.loader import Checkpoint
-from workers.model.decoder import Decoder, Mlp
+from workers.model.decoder import Decoder
 from workers.model.mla import MlaAttention
 from workers.model.mlp import GatedMlp
 from workers.model.moe import Moe
+from workers.model.spread_moe import SpreadMoe
+from workers.model.turns import MlpSteps, at_once
 from workers.model_config import ModelConfig
+from workers.parallel import ONE, Parallel
 
 
-def deepseek(weights: Checkpoint, config: ModelConfig, ops: Ops, num_threads: int) -> Decoder:
+def deepseek(weights: Checkpoint, config: ModelConfig, ops: Ops, num_threads: int, parallel: Parallel = ONE) -> Decoder:
     moe = config.moe
     assert moe is not None
+    spread: dict[int, SpreadMoe] = {}  # layers are built in several threads
 
-    def make_mlp(prefix: str, layer: int) -> Mlp:
+    def make_mlp(prefix: str, layer: int) -> MlpSteps:
         if layer < moe.first_layer:
-            return GatedMlp(weights, prefix, ops, config.hidden_size, config.intermediate_size)
-        return Moe(weights, prefix, ops, config.hidden_size, moe)
+            return at_once(GatedMlp(weights, prefix, ops, config.hidden_size, config.intermediate_size, parallel.attn))
+        if not parallel.sizes.is_ep:
+            return at_once(Moe(weights, prefix, ops, config.hidden_size, moe, parallel.attn))
+        spread[layer] = SpreadMoe(weights, prefix, ops, config.hidden_size, moe, parallel)
+        return spread[layer].steps
 
-    return Decoder(weights, config, ops, lambda prefix: MlaAttention(weights, prefix, config, ops), make_mlp, num_threads)
+    decoder = Decoder(weights, config, ops, lambda prefix: MlaAttention(weights, prefix, config, ops, parallel), make_mlp, num_threads,
+                      parallel.attn)
+    decoder.spread = [spread[layer] for layer in sorted(spread)]
+    return decoder

@@ -1,0 +1,88 @@
+"""What `tokenmill serve` does for several ranks: the desk on node 0, the way to it from other nodes, and one process per rank.
+
+    rank that leads its dp group    workers.worker: I/O process, and its engine
+    any other rank                  workers.follower
+"""
+
+import argparse
+import contextlib
+import os
+import secrets
+
+from coordinator import rendezvous
+from coordinator.cluster_token import ENV, is_loopback
+from coordinator.desk import Desk
+from coordinator.errors import ConfigError
+from coordinator.group_plan import DEFAULT_PORT, TOKEN_VARIABLE, GroupPlan
+
+FLAGS = ("ep_exchange", "ep_redundant_experts", "ep_rebalance_steps")
+SWITCHES = ("enable_prefill_microbatch_overlap", "enable_decode_microbatch_overlap")
+
+
+def plan_of(flags: argparse.Namespace) -> GroupPlan:
+    """Raises ConfigError for flags that do not go together."""
+    plan = GroupPlan(tp=flags.tp, dp=flags.dp, moe_mode=flags.moe_mode, nnodes=flags.nnodes, node_rank=flags.node_rank)
+    if flags.run_mode not in ("normal", "prefill", "decode") and (plan.tp, plan.nnodes) != (1, 1):
+        raise ConfigError(f"--run_mode {flags.run_mode} computes nothing: --tp, --dp and --nnodes belong to its workers")
+    for name in SWITCHES:
+        if getattr(flags, name) and plan.is_one_rank:
+            raise ConfigError(f"--{name}: one rank exchanges no tokens with anybody: there is nothing to overlap (--tp, MOE_MODE=EP)")
+    if plan.nnodes > 1 and not flags.cluster_token and not flags.insecure and not is_loopback(flags.nccl_host):
+        raise ConfigError(f"--nccl_host {flags.nccl_host}: not a loopback address: set {ENV} to the same secret on all "
+                          "nodes, or say --insecure")
+    return plan
+
+
+def is_other_node(flags: argparse.Namespace) -> bool:
+    """Not node 0: no REST shim and no queue of its own here."""
+    return bool(flags.node_rank)
+
+
+def ask_node_0(flags: argparse.Namespace) -> tuple[str, str]:
+    """URLs of NATS and Redis. Waits for node 0; raises ConfigError when the nodes' flags differ."""
+    found = rendezvous.ask_services(_desk_address(flags), flags.cluster_token, node_rank=flags.node_rank, facts=_node_facts(flags))
+    return found["nats_url"], found["redis_url"]
+
+
+def open_desk(flags: argparse.Namespace, nats_url: str, redis_url: str, stack: contextlib.ExitStack) -> str:
+    """Where this node's ranks join; "" for one rank. Leaves the token for them in the environment."""
+    plan = plan_of(flags)
+    if plan.is_one_rank:
+        return ""
+    token = os.environ[TOKEN_VARIABLE] = flags.cluster_token if plan.nnodes > 1 else secrets.token_hex(16)
+    if plan.node_rank:
+        return _desk_address(flags)
+    host, port = (flags.nccl_host, flags.nccl_port or DEFAULT_PORT) if plan.nnodes > 1 else ("127.0.0.1", flags.nccl_port)
+    desk = Desk(host, port, token, services={"nats_url": nats_url, "redis_url": redis_url}, facts=_node_facts(flags))
+    stack.enter_context(desk)
+    return desk.address
+
+
+def processes(flags: argparse.Namespace, role: str, args: list[str], desk: str) -> list[tuple[str, str, list[str]]]:
+    """Name, module and arguments of each of this node's ranks. `args` are the flags that any worker gets."""
+    plan = plan_of(flags)
+    if plan.is_one_rank:
+        return [(f"{role} worker", "workers.worker", args)]
+    found = []
+    for local_rank, rank in enumerate(plan.local_ranks):
+        mine = [*args, "--tp", str(plan.tp), "--dp", str(plan.dp), "--moe_mode", plan.moe_mode, "--rank", str(rank), "--local_rank",
+                str(local_rank), "--num_local", str(plan.ranks_per_node), "--desk", desk]
+        for name in FLAGS:
+            mine += [f"--{name}", str(getattr(flags, name))]
+        mine += [f"--{name}" for name in SWITCHES if getattr(flags, name)]
+        if plan.is_leader(rank):
+            if flags.worker_id and plan.dp > 1:
+                mine += ["--worker_id", f"{flags.worker_id}-{plan.dp_rank(rank)}"]
+            found.append((f"{role} worker, rank {rank}", "workers.worker", mine))
+        else:
+            found.append((f"rank {rank}", "workers.follower", mine))
+    return found
+
+
+def _desk_address(flags: argparse.Namespace) -> str:
+    return f"{flags.nccl_host}:{flags.nccl_port or DEFAULT_PORT}"
+
+
+def _node_facts(flags: argparse.Namespace) -> dict[str, str]:
+    return {"--tp": str(flags.tp), "--dp": str(flags.dp), "--nnodes": str(flags.nnodes), "MOE_MODE": flags.moe_mode,
+            "--run_mode": flags.run_mode, "--model_name": flags.model_name}
