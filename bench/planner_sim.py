@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coordinator.planner import Hysteresis, Objectives, Snapshot, WorkerLoad, propose
 from rich.console import Console
 
 from bench.machine import describe_machine, machine_line
@@ -21,6 +20,7 @@ from bench.report import Row, render_table, write_report
 from bench.summary import percentile
 from bench.virtual_farm import VirtualClock, VirtualJob
 from bench.virtual_pd import PdFarm, PdWorker
+from coordinator.planner import Hysteresis, Objectives, Snapshot, WorkerLoad, propose
 from workers.mock_costs import MockCosts
 
 RESULTS = Path("bench/results/planner_sim")
@@ -140,11 +140,11 @@ def _load(worker: PdWorker) -> WorkerLoad:
                       step_s=worker.step_s)
 
 
-def rows(fixed: Story, planned: Story, phases: Sequence[Phase]) -> list[Row]:
+def rows(fixed: Story, planned: Story, *, phases: Sequence[Phase]) -> list[Row]:
     ends = [sum(phase.seconds for phase in phases[:index + 1]) for index in range(len(phases))]
     found = [Row(
-        name="jobs inside both objectives", figure=100 * planned.share_inside(OBJECTIVES), bar=100 * fixed.share_inside(OBJECTIVES), unit="%",
-        higher_is_better=True, note=f"bar: roles fixed. {len(planned.moves)} moves; first token within {OBJECTIVES.ttft_s:g} s, "
+        name="jobs inside both objectives", figure=100 * planned.share_inside(OBJECTIVES), bar=100 * fixed.share_inside(OBJECTIVES),
+        unit="%", higher_is_better=True, note=f"bar: roles fixed. {len(planned.moves)} moves; first token within {OBJECTIVES.ttft_s:g} s, "
                                     f"{1000 * OBJECTIVES.tpot_s:g} ms per token")]
     for phase, end_s in zip(phases, ends, strict=True):
         kept = fixed.is_inside_at_end(OBJECTIVES, end_s)
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
               for p in PHASES]
     stories = [play(name, requests(phases, flags.seed), num_prefill=flags.prefill, num_decode=flags.decode, with_planner=with_planner)
                for name, with_planner in (("roles fixed", False), ("planner", True))]
-    found = rows(*stories, phases)
+    found = rows(*stories, phases=phases)
     title = f"The planner in simulation: {flags.prefill} prefill and {flags.decode} decode workers at the start, a workload that drifts"
     Console(width=150).print(render_table(title, found))
     for at_s, worker, role, reason in stories[1].moves:

@@ -68,7 +68,8 @@ class PdWorker:
         self.imports[job.job_id] = handle
         self._engine.add(ImportSequence(
             job_id=job.job_id, token_ids=pack_ids([*job.prompt, *job.output]), num_prompt=len(job.prompt),
-            params=SamplingParams(max_new_tokens=job.num_output, ignore_eos=True), num_kv_tokens=pinned.num_tokens, page_ids=pinned.page_ids,
+            params=SamplingParams(max_new_tokens=job.num_output, ignore_eos=True), num_kv_tokens=pinned.num_tokens,
+            page_ids=pinned.page_ids,
             source=PoolAddress(address="", num_pages=1 << 30), layout=self._farm.layout))
 
     def release(self, job_id: str) -> None:
