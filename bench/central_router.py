@@ -11,13 +11,13 @@ Choose = Callable[[Sequence[VirtualWorker], list[int]], VirtualWorker]
 
 
 def cache_aware(workers: Sequence[VirtualWorker], prompt: list[int]) -> VirtualWorker:
-    """Least to compute before its first token; of equals the one with fewest jobs."""
-    return min(workers, key=lambda worker: (worker.backlog + len(prompt) - worker.cached_tokens(prompt), worker.num_jobs))
+    """Least to compute before its first token; of equals the one with fewest jobs, now and then ever."""
+    return min(workers, key=lambda worker: (worker.backlog + len(prompt) - worker.cached_tokens(prompt), worker.num_jobs, worker.num_added))
 
 
 def least_loaded(workers: Sequence[VirtualWorker], prompt: list[int]) -> VirtualWorker:
     """What pulling from one queue comes to: whoever has least to do."""
-    return min(workers, key=lambda worker: (worker.backlog, worker.num_jobs))
+    return min(workers, key=lambda worker: (worker.backlog, worker.num_jobs, worker.num_added))
 
 
 def play(conversations: Sequence[Conversation], choose: Choose, *, num_workers: int, num_tokens: int, num_output: int,

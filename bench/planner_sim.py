@@ -27,7 +27,7 @@ RESULTS = Path("bench/results/planner_sim")
 LOOK_S, WINDOW_S = 2.0, 60.0
 COSTS = MockCosts(prefill=8_000, step_ms=25, seq_ms=1.0, copy_ms=0.05)
 OBJECTIVES = Objectives(ttft_s=2.0, tpot_s=0.08)
-LOWEST_ID, HIGHEST_ID = 512, 8192
+LOWEST_ID = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +92,8 @@ def requests(phases: Sequence[Phase], seed: int) -> list[VirtualJob]:
         phase = phases[index - 1 if is_old else index]
         now_s += draw.expovariate(phase.rate)
         prompt_len = int(phase.prompt_tokens * draw.uniform(0.5, 1.5))
-        jobs.append(VirtualJob(job_id=f"job-{len(jobs)}", prompt=draw.choices(range(LOWEST_ID, HIGHEST_ID), k=prompt_len), sent_s=now_s,
+        first_id = LOWEST_ID + len(jobs)      # no two prompts begin alike: nothing is found cached
+        jobs.append(VirtualJob(job_id=f"job-{len(jobs)}", prompt=list(range(first_id, first_id + prompt_len)), sent_s=now_s,
                                num_output=max(2, int(phase.output_tokens * draw.uniform(0.5, 1.5)))))
 
 

@@ -134,6 +134,7 @@ class VirtualWorker:
         self._clock = clock
         self._engine = VirtualEngine(clock, costs, settings, self._on_event)
         self._on_ended = on_ended
+        self.num_added = 0
         self._jobs: dict[str, tuple[VirtualJob, Sequence]] = {}
 
     @property
@@ -155,6 +156,7 @@ class VirtualWorker:
 
     def add(self, job: VirtualJob) -> None:
         job.worker = self.index
+        self.num_added += 1
         self._jobs[job.job_id] = (job, self._engine.add(add_command(job)))
 
     def _on_event(self, event: Event) -> None:
