@@ -91,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--prefix_affinity", choices=["on", "off"], default="off",
         help="on, given to every process of the farm: prompts go to workers that have their beginning cached, where that pays "
              "(default: %(default)s)")
+    add("--handoff_same_host", choices=["on", "off"], default="on",
+        help="prefill hands over to decode workers of its own host first, where there are others too (default: %(default)s)")
     add("--disagg_min_tokens", type=int, default=0,
         help="prefill and decode apart: prompts with fewer tokens to compute are prefilled by decode workers (default: none)")
     add("--tp", type=int, default=1, help="ranks over all nodes, one process and one GPU each (default: %(default)s)")
