@@ -4,6 +4,7 @@ What is stored where, and with which settings, is in subjects.py and provisionin
 messages are taken is in pull.py. Every method that talks to the broker raises Unavailable when it cannot be reached in time.
 """
 
+import contextlib
 import hashlib
 import logging
 import uuid
@@ -122,7 +123,8 @@ class Bus(JetStream):
             if owner == model and klass in CLASSES:
                 pending[klass] += int(info["num_pending"])
                 ack_pending[klass] += int(info["num_ack_pending"])
-        handoff = [await self._consumer_info(subjects.HANDOFF, subjects.handoff_consumer(model, lane)) for lane in subjects.handoff_lanes()]
+        handoff = [info for info in await self._consumer_infos(subjects.HANDOFF)
+                   if info["config"].get("filter_subject", "").startswith(f"handoff.{model}.")]
         jobs_depth = await self._depths(subjects.JOBS, f"jobs.{model}.>")
         handoff_depth = await self._depths(subjects.HANDOFF, f"handoff.{model}.>")
         dlq_depth = await self._depths(subjects.DLQ, subjects.dead_letter(model))
@@ -141,6 +143,26 @@ class Bus(JetStream):
     async def ensure_lane(self, model: str, lane: str) -> None:
         """Make the consumers of a worker's own lane, or of `local`, unless they are there. Raises ConfigError, Unavailable."""
         await provisioning.ensure_lane(self, model, lane)
+
+    async def ensure_handoff_lane(self, model: str, lane: str) -> None:
+        """Make the consumer of one host's lane unless it is there. Raises ConfigError, Unavailable."""
+        await provisioning.ensure_handoff_lane(self, model, lane)
+
+    async def host_lanes(self) -> list[tuple[str, str]]:
+        """(model, lane) of HANDOFF's lanes of single hosts in which handles stand."""
+        parts = (subject.split(".") for subject in await self._depths(subjects.HANDOFF, "handoff.>"))
+        return sorted((part[1], part[2]) for part in parts if len(part) == 3 and part[2].startswith(subjects.HOST_LANE))
+
+    async def delete_handoff(self, seq: int) -> None:
+        """A handle that is void. One that is gone already is fine."""
+        with contextlib.suppress(ApiError):
+            await self.retry(lambda attempt_s: self.api(f"STREAM.MSG.DELETE.{subjects.HANDOFF}", {"seq": seq}, attempt_s),
+                             READ_DEADLINE_S, f"deletion of handle {seq}")
+
+    async def purge_handoff_lane(self, model: str, lane: str) -> None:
+        subject = subjects.handoff(model, lane)
+        await self.retry(lambda attempt_s: self.api(f"STREAM.PURGE.{subjects.HANDOFF}", {"filter": subject}, attempt_s),
+                         READ_DEADLINE_S, f"purge of {subject}")
 
     async def private_lanes(self) -> list[tuple[str, str]]:
         """(model, lane) of those in which jobs stand, waiting or being worked on."""

@@ -1,4 +1,5 @@
 """Lanes whose jobs nobody comes for: of a worker that is gone or stuck, or `local` without decode workers. Others are called to take them.
+Handles in the lane of a host without decode workers are void, or will be in a moment: they are dropped.
 
 A part of the watcher: the leader looks. What it does may be done twice.
 """
@@ -28,7 +29,10 @@ class LaneWatch:
         living: defaultdict[str, set[str]] = defaultdict(set)
         for view in views:
             if view.is_alive:
-                living[str(view.info.get("model", ""))] |= set(view.info.get("lanes", ()))
+                living[str(view.info.get("model", ""))] |= {*view.info.get("lanes", ()), *view.info.get("handoff_lanes", ())}
+        for model, lane in await self._bus.host_lanes():
+            if lane not in living[model]:     # their givers take them back, and offer them to all
+                await self._bus.purge_handoff_lane(model, lane)
         num_calls = 0
         seen: dict[tuple[str, str], int] = {}
         lanes = await self._bus.private_lanes()

@@ -83,6 +83,14 @@ async def ensure_lane(connection: JetStream, model: str, lane: str) -> None:
                                PROVISION_DEADLINE_S, f"provisioning of consumer {consumer.name}")
 
 
+async def ensure_handoff_lane(connection: JetStream, model: str, lane: str) -> None:
+    """The consumer of one host's lane. Raises ConfigError, InvalidField, Unavailable."""
+    consumer = ConsumerSettings(stream=subjects.HANDOFF, name=subjects.handoff_consumer(model, check_id("lane", lane)),
+                                filter_subject=subjects.handoff(model, lane))
+    await connection.retry(lambda attempt_s: _ensure_consumer(connection, consumer, attempt_s), PROVISION_DEADLINE_S,
+                           f"provisioning of consumer {consumer.name}")
+
+
 async def provision(connection: JetStream, model: str, max_queued: int | None) -> bool:
     """True if this call created the JOBS stream. Raises ConfigError, InvalidField (model), Unavailable."""
     check_id("model", model)

@@ -193,7 +193,8 @@ def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, desk
 def _worker_args(flags: argparse.Namespace, role: str) -> list[str]:
     args = ["--role", role, "--drain_timeout", str(flags.drain_timeout), "--load_workers", str(flags.load_workers)]
     for name in ("device", "data_type", "max_total_token_num", "mem_fraction", "running_max_req_size", "chunked_prefill_size", "page_size",
-                 "num_threads", "graph_max_batch_size", "engine_stall_s", "worker_id", "kv_transfer", "kv_host", "engine", "mock_costs"):
+                 "num_threads", "graph_max_batch_size", "engine_stall_s", "worker_id", "kv_transfer", "kv_host", "engine", "mock_costs",
+                 "handoff_same_host"):
         if (value := getattr(flags, name)) != "":
             args += [f"--{name}", str(value)]
     return args + [f"--{name}" for name in ("disable_dynamic_prompt_cache", "disable_cudagraph", "enable_fa3") if getattr(flags, name)]

@@ -94,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--prefix_affinity", choices=["on", "off"], default="off",
         help="on, given to every process of the farm: prompts go to workers that have their beginning cached, where that pays "
              "(default: %(default)s)")
+    add("--handoff_same_host", choices=["on", "off"], default="on",
+        help="prefill hands over to decode workers of its own host first, where there are others too (default: %(default)s)")
     add("--disagg_min_tokens", type=int, default=0,
         help="prefill and decode apart: prompts with fewer tokens to compute are prefilled by decode workers (default: none)")
     add("--tp", type=int, default=1, help="ranks over all nodes, one process and one GPU each (default: %(default)s)")
@@ -185,6 +187,8 @@ def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[st
             raise ConfigError(f"{name}: this version does not have it; nothing was started")
     if flags.mock_costs and flags.engine != "mock":
         raise ConfigError("--mock_costs says how long steps of --engine mock take: there is no mock engine here")
+    if flags.engine == "mock" and (flags.tp, flags.dp, flags.nnodes) != (1, 1, 1):
+        raise ConfigError("--engine mock has no ranks: leave out --tp, --dp and --nnodes")
     if flags.disagg_min_tokens < 0:
         raise ConfigError(f"--disagg_min_tokens {flags.disagg_min_tokens}: must be a number of tokens, 0 for none")
     if flags.prefix_affinity == "on" and flags.disable_dynamic_prompt_cache:

@@ -6,6 +6,7 @@ JOBS, HANDOFF, OUT, RESULTS, DLQ, ROSTER = "JOBS", "HANDOFF", "OUT", "RESULTS", 
 ANY_LANE = "any"
 BACKGROUND_LANE = "background"   # handles of the last class: taken when no other waits
 LOCAL_LANE = "local"             # short prompts, prefilled by whichever decode worker has room
+HOST_LANE = "h-"                 # so begins a lane of HANDOFF for one host
 WORKER_LANE = "w-"               # a lane of one worker's own begins so
 NUM_TENANT_LANES = 8             # jobs of a tenant queue in one of these, and workers take from them in turn
 ACK_WAIT_S = 5.0                 # as long as a lease: so is a message back whose receiver died before it claimed
@@ -31,6 +32,11 @@ def tenant_lane(tenant: str) -> str:
 def job_lanes() -> list[str]:
     """All lanes that any worker serves."""
     return [ANY_LANE, *(f"t{i}" for i in range(NUM_TENANT_LANES))]
+
+
+def host_lane(host: str) -> str:
+    """Handles for decode workers of one host."""
+    return f"{HOST_LANE}{model_token(host)}"
 
 
 def worker_lane(worker: str) -> str:

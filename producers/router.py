@@ -22,7 +22,7 @@ from coordinator.tasks import end
 log = logging.getLogger(__name__)
 
 REFRESH_S = 1.0
-UNSEEN_S = 1.2           # what was sent to a worker's lane so recently may be missing in what it says of itself
+UNSEEN_S = 0.5           # what was sent to a worker's lane so recently is taken to wait there still
 LOOK_UP_S = 0.05         # longer than this a job does not wait for the index
 MOST_BLOCKS = 512        # of one prompt that are looked up
 
@@ -30,7 +30,7 @@ MOST_BLOCKS = 512        # of one prompt that are looked up
 @dataclass(frozen=True, slots=True)
 class _Sent:
     at_s: float
-    lane: str
+    worker: str
     num_tokens: int
 
 
@@ -64,11 +64,10 @@ class Router:
         if self._loads:
             cached = await self._cached(prompt_ids) if self._policy.prefix_affinity else {}
             if cached or len(prompt_ids) < self._policy.disagg_min_tokens:
-                request = RouteRequest(num_tokens=len(prompt_ids), cached=cached)
-                lane = choose_lane(request, Snapshot(workers=tuple(self._loads.values())), self._policy)
+                lane = choose_lane(RouteRequest(num_tokens=len(prompt_ids), cached=cached), self._snapshot(), self._policy)
                 if lane.startswith(WORKER_LANE):
                     worker = lane.removeprefix(WORKER_LANE)
-                    self._note(_Sent(time.monotonic(), lane, len(prompt_ids) - cached.get(worker, 0)))
+                    self._sent.append(_Sent(time.monotonic(), worker, len(prompt_ids) - cached.get(worker, 0)))
         self.num_by_lane["worker" if lane.startswith(WORKER_LANE) else lane] += 1
         return "" if lane == ANY_LANE else lane
 
@@ -102,19 +101,16 @@ class Router:
         self._page_size = next((int(view.info["layout"]["page_size"]) for view in views if view.info.get("lanes")), 0)
         if not any(load.lane or load.role == "decode" for load in loads):
             self._loads = {}     # nobody to prefer: no job is looked up
+
+    def _snapshot(self) -> Snapshot:
+        """What workers said of themselves, and what was sent to them just now."""
         while self._sent and time.monotonic() - self._sent[0].at_s > UNSEEN_S:
             self._sent.popleft()
+        loads = dict(self._loads) if self._sent else self._loads
         for sent in self._sent:
-            self._add(sent)
-
-    def _note(self, sent: _Sent) -> None:
-        self._sent.append(sent)
-        self._add(sent)
-
-    def _add(self, sent: _Sent) -> None:
-        load = self._loads.get(sent.lane.removeprefix(WORKER_LANE))
-        if load is not None:
-            self._loads[load.worker] = replace(load, backlog=load.backlog + sent.num_tokens, num_jobs=load.num_jobs + 1)
+            if (load := loads.get(sent.worker)) is not None:
+                loads[sent.worker] = replace(load, backlog=load.backlog + sent.num_tokens, num_jobs=load.num_jobs + 1)
+        return Snapshot(workers=tuple(loads.values()))
 
 
 def _load(view: WorkerView) -> WorkerLoad | None:
@@ -123,5 +119,5 @@ def _load(view: WorkerView) -> WorkerLoad | None:
     if view.role == "decode" and LOCAL_LANE not in lanes:
         return None
     return WorkerLoad(worker=view.worker, lane=next((lane for lane in lanes if lane.startswith(WORKER_LANE)), ""), role=view.role,
-                      backlog=int(view.info.get("waiting_tokens", 0)), num_jobs=view.num_owned,
+                      backlog=int(view.info.get("standing_tokens", 0)), num_jobs=view.num_owned,
                       has_room=view.num_owned < int(view.info.get("max_num_seqs", 1)) and int(view.stats.get("free_tokens", 1)) > 0)

@@ -238,6 +238,7 @@ class Stats:
     waiting: Count
     importing: Count
     free_tokens: Count
+    pending_tokens: Count = 0   # of prompts, not computed yet
 
 
 Command = AddSequence | ImportSequence | Activate | Cancel | ReleasePin | SetRole | TellBlocks | Ping | Shutdown

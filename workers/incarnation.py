@@ -53,6 +53,7 @@ class Incarnation:
                  store: Store) -> None:
         self.over = asyncio.Event()     # others took over: nothing of this life may be used any more
         self.stats = stats
+        self._standing_tokens = 0       # the least that was pending since the last renewal: what comes and goes is no backlog
         self._settings = settings
         self._ready = ready
         self._engine = engine
@@ -73,7 +74,7 @@ class Incarnation:
         if floor_era:
             await self._store.set_floor(floor_era, await self._bus.last_job_seq())
         self.me = me = Identity(worker=settings.worker_id, incarnation=incarnation, role=settings.engine.role, model=self._model,
-                                host=socket.gethostname(), layout=ready.layout)
+                                host=self._host, layout=ready.layout)
         await self._bus.roster_add(me.worker, me.incarnation)  # before the first claim: docs/protocol.md, emptied Redis
         self.jobs = Jobs(me, self._bus, self._store, self._engine)
         self.jobs.emitter = Emitter(self._bus, me.worker, me.incarnation, on_stored=self.jobs.on_stored, on_fenced=self._on_fenced)
@@ -83,6 +84,8 @@ class Incarnation:
         own_lanes = [lane for lane in self._lanes if lane != subjects.LOCAL_LANE]
         for lane in self._lanes:
             await self._bus.ensure_lane(self._model, lane)
+        for lane in self._handoff_lanes:
+            await self._bus.ensure_handoff_lane(self._model, lane)
         self._relief: Relief | None = None
         self._teller: PrefixTeller | None = None
         if settings.prefix_affinity:
@@ -93,7 +96,7 @@ class Incarnation:
         self._taker: Taker | None = None
         if me.role == "prefill":
             self._giver = Giver(me, ready.pool, self._bus, self._store, self._engine, self.jobs)
-            await self._giver.start()
+            await self._giver.start(prefers_host=settings.handoff_same_host)
         intake = Intake(me, self._tokenizer, self._bus, self._store, self.jobs, self._cancelled.__contains__)
         room = Room(self.jobs, ready, lambda: self._lease.is_fresh, lambda: self.stats)
 
@@ -104,7 +107,7 @@ class Incarnation:
         if me.role == "decode":
             self._taker = Taker(me, self._tokenizer, self._bus, self._store, self._engine, self.jobs, self._cancelled.__contains__,
                                 settings.engine.kv_transfer)
-            self._pullings = [Pulling(self._bus, handoff_consumers(self._model), room=room.for_handles,
+            self._pullings = [Pulling(self._bus, handoff_consumers(self._model, self._handoff_lanes), room=room.for_handles,
                                       room_for_last=room.for_background_handles, num_slots=ready.max_num_seqs, handle=self._taker.take)]
             if self._lanes:
                 self._pullings.append(job_pulling(lane_consumers(self._model, self._lanes)))
@@ -122,16 +125,27 @@ class Incarnation:
 
     def _info(self) -> dict[str, Any]:
         engine, stats, layout = self._settings.engine, self.stats, self._ready.layout
-        return {"role": engine.role, "engine": engine.engine, "model": self._model, "host": socket.gethostname(), "pid": os.getpid(),
+        standing_tokens, self._standing_tokens = self._standing_tokens, stats.pending_tokens
+        return {"role": engine.role, "engine": engine.engine, "model": self._model, "host": self._host, "pid": os.getpid(),
                 "device": self._ready.device, "kv_transfer": engine.kv_transfer, "mps": self.mps,
                 "state": "draining" if self._is_draining else "serving", "step_s": round(self._clock.step_s, 4),
                 "layout": {name: getattr(layout, name) for name in layout.__slots__},
                 "stats": {name: getattr(stats, name) for name in stats.__slots__},
-                "lanes": self._lanes, "waiting_tokens": self.jobs.num_waiting_tokens() if hasattr(self, "jobs") else 0,
-                "max_num_seqs": self._ready.max_num_seqs, "max_total_tokens": self._ready.max_total_tokens,
-                "max_seq_len": self._ready.max_seq_len,
+                "lanes": self._lanes, "handoff_lanes": self._handoff_lanes, "standing_tokens": standing_tokens,
+                "max_num_seqs": self._ready.max_num_seqs,
+                "max_total_tokens": self._ready.max_total_tokens, "max_seq_len": self._ready.max_seq_len,
                 "finished": self.jobs.num_finished if hasattr(self, "jobs") else 0,
                 "group": asdict(self._ready.group) if self._ready.group else None}
+
+    @property
+    def _host(self) -> str:
+        return self._settings.host or socket.gethostname()
+
+    @property
+    def _handoff_lanes(self) -> list[str]:
+        """Lanes of HANDOFF that not every decode worker serves."""
+        settings = self._settings
+        return [subjects.host_lane(self._host)] if settings.handoff_same_host and settings.engine.role == "decode" else []
 
     @property
     def _lanes(self) -> list[str]:
@@ -153,6 +167,7 @@ class Incarnation:
                 self.jobs.on_tokens(event)
             case Stats():
                 self.stats = event
+                self._standing_tokens = min(self._standing_tokens, event.pending_tokens)
                 self.jobs.on_change()
             case Blocks() if self._teller is not None:
                 self._teller.on_blocks(event)

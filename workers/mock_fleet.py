@@ -51,6 +51,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--disable_dynamic_prompt_cache", action="store_true")
     add("--prefix_affinity", choices=["on", "off"], default="off")
     add("--disagg_min_tokens", type=int, default=0, help="above 0: decode workers prefill short prompts that producers send them")
+    add("--handoff_same_host", choices=["on", "off"], default="on")
+    add("--host", default="", help="pretend to be on a machine of this name")
     add("--no_watcher", action="store_true", help="leave the leases of others to coordinators")
     add("--lease_s", type=float, default=5.0)
     add("--drain_timeout", type=float, default=30.0)
@@ -71,6 +73,7 @@ def _settings(flags: argparse.Namespace) -> list[WorkerSettings]:
     return [WorkerSettings(
         nats_url=flags.nats_url, redis_url=flags.redis_url, worker_id=f"{name}-{index}", drain_timeout_s=flags.drain_timeout,
         lease_s=flags.lease_s, prefix_affinity=flags.prefix_affinity == "on", serves_local=flags.disagg_min_tokens > 0,
+        handoff_same_host=flags.handoff_same_host == "on", host=flags.host,
         engine=EngineSettings(
             model_dir=flags.model_dir, model_name=flags.model_name, role=role, engine="mock", mock_costs=flags.mock_costs,
             page_size=flags.page_size, max_total_token_num=flags.max_total_token_num, max_req_total_len=flags.max_req_total_len,

@@ -12,7 +12,7 @@ from workers.engine_messages import Blocks
 
 log = logging.getLogger(__name__)
 
-GATHER_S = 0.25
+GATHER_S = 0.1
 RETRY_S = 2.0
 
 

@@ -190,5 +190,7 @@ def lane_consumers(model: str, lanes: Iterable[str]) -> list[list[str]]:
     return [[subjects.jobs_consumer(model, klass, lane) for lane in lanes] for klass in CLASSES]
 
 
-def handoff_consumers(model: str) -> list[list[str]]:
-    return [[subjects.handoff_consumer(model, lane)] for lane in subjects.handoff_lanes()]
+def handoff_consumers(model: str, own_lanes: Iterable[str] = ()) -> list[list[str]]:
+    """`own_lanes` beside the first lane that any decode worker serves."""
+    first, *others = [[subjects.handoff_consumer(model, lane)] for lane in subjects.handoff_lanes()]
+    return [[*(subjects.handoff_consumer(model, lane) for lane in own_lanes), *first], *others]

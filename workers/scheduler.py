@@ -277,11 +277,13 @@ class Scheduler:
     def stats(self) -> Stats:
         size, states = self.settings.page_size, [sequence.state for sequence in self._sequences.values()]
         promised = sum(self._growth(sequence) for sequence in (*self._active, *self._waiting))
+        pending = [sequence.num_pending for sequence in self._sequences.values() if sequence.source is None]
         return Stats(
             free_pages=self.pool.num_free, total_pages=self.settings.num_pages, cached_pages=self.cache.num_evictable,
             held_pages=self.num_held_pages, pinned=states.count(State.PINNED), running=states.count(State.RUNNING),
             waiting=states.count(State.WAITING), importing=states.count(State.IMPORTING) + states.count(State.IMPORTED),
-            free_tokens=max(0, self.settings.num_pages - self.num_held_pages - promised) * size)
+            free_tokens=max(0, self.settings.num_pages - self.num_held_pages - promised) * size,
+            pending_tokens=sum(count for count in pending if count > 1))
 
     def check_integrity(self) -> None:
         """free + owned + cached + pinned pages must be all pages, each counted by who refers to it."""

@@ -64,5 +64,7 @@ class WorkerSettings:
     max_queued: int = 0              # jobs per class before producers get 429; 0: the bound that is there
     lease_s: float = 5.0
     prefix_affinity: bool = False    # tell the index of prefixes what is cached here, and serve a lane of our own
+    handoff_same_host: bool = True   # hand over to decode workers of the same host first, where there are others
+    host: str = ""                   # a name in this machine's place; "": its own
     serves_local: bool = False       # role decode: prefill short prompts here
     engine_stall_s: float = 0.0      # an engine silent for this long is killed; 0: by device

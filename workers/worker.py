@@ -204,6 +204,7 @@ def parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
     add("--mock_costs", default="")
     add("--prefix_affinity", choices=["on", "off"], default="off")
     add("--disagg_min_tokens", type=int, default=0)
+    add("--handoff_same_host", choices=["on", "off"], default="on")
     add("--device", default="auto")
     add("--data_type", default="auto")
     add("--page_size", type=int, default=0)
@@ -241,7 +242,7 @@ def parse(argv: list[str] | None) -> tuple[WorkerSettings, str]:
     return WorkerSettings(nats_url=flags.nats_url, redis_url=flags.redis_url, worker_id=worker_id, engine=engine,
                           drain_timeout_s=flags.drain_timeout, max_queued=flags.max_queued, lease_s=flags.lease_s,
                           engine_stall_s=flags.engine_stall_s, prefix_affinity=flags.prefix_affinity == "on",
-                          serves_local=flags.disagg_min_tokens > 0), flags.log_level
+                          handoff_same_host=flags.handoff_same_host == "on", serves_local=flags.disagg_min_tokens > 0), flags.log_level
 
 
 def _host_towards(url: str) -> str:

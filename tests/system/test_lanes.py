@@ -119,3 +119,22 @@ async def test_a_lane_that_was_never_served_gives_its_jobs_to_any_worker(tiny_v3
         async with client_of(farm) as client:
             assert is_right(await client.final_record("ghost", DEADLINE_S), [4, 5], tiny_v3)
         await farm.wait_at_rest()
+
+
+async def test_handles_go_to_decode_workers_of_the_same_host_and_to_others_when_those_do_not_come(tiny_v3: Path, tmp_path: Path) -> None:
+    with Farm(tmp_path, tiny_v3) as farm:
+        start_fleet(farm, "near", "--decode_workers", "1", "--host", "one", "--mock_costs", "step_ms=1")
+        start_fleet(farm, "far", "--decode_workers", "2", "--host", "two", "--mock_costs", "step_ms=1")
+        await farm.wait_registered("near-0", "far-0", "far-1")
+        start_fleet(farm, "p", "--prefill_workers", "1", "--host", "one", "--mock_costs", "step_ms=1")
+        await farm.wait_registered("p-0")
+        await asyncio.sleep(0.5)     # the giver looks who is there
+        async with client_of(farm) as client:
+            prompts = [[5, 6, n] for n in range(12)]
+            records = await asyncio.gather(*(answer(client, prompt) for prompt in prompts))
+            assert {owner.partition(".")[0] for record in records for owner in record.workers} == {"p-0", "near-0"}
+            farm.processes.pop("near").kill()
+            records = await asyncio.gather(*(answer(client, prompt) for prompt in prompts))
+            assert all(is_right(record, prompt, tiny_v3) for record, prompt in zip(records, prompts, strict=True))
+            assert {owner.partition(".")[0] for record in records for owner in record.workers} <= {"p-0", "far-0", "far-1"}
+        await farm.wait_at_rest()
