@@ -49,7 +49,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output_len", type=int, default=128)
     parser.add_argument("--handover_lens", type=int, nargs=2, default=HANDOVER_LENS, help="prompts whose hand-over is timed (%(default)s)")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--pool_tokens", type=int, default=400_000, help="KV pool of each worker (default: %(default)s)")
+    parser.add_argument("--pool_tokens", type=int, default=150_000, help="KV pool of each worker (default: %(default)s)")
     parser.add_argument("--load_workers", type=int, default=8, help="threads that load weights (default: %(default)s)")
     parser.add_argument("--mps", action="store_true", help="run under the GPU's multi-process service")
     parser.add_argument("--serve_flags", default="", help="further flags for every process of the farm, in one string")

@@ -75,7 +75,7 @@ def candidates(num_tokens: int) -> list[Config]:
         found += [Config(block_m=block_m, gate_up=tile, down=tiles[0]) for tile in tiles]
         found += [Config(block_m=block_m, gate_up=tiles[0], down=tile) for tile in tiles[1:]]
         if num_tokens <= SORTED_BY_ROUTER:
-            found.append(Config(block_m=block_m, gate_up=tiles[0], down=tiles[0], overlaps=True))
+            found.append(Config(block_m=block_m, gate_up=tiles[0], down=tiles[0], prefetches=True))
     return found
 
 
