@@ -39,11 +39,11 @@ PEER_BLAME: dict[int, Blame] = {PEER_STATUS[DONE]: "", PEER_STATUS[VANISHED]: "d
 NO_STATS = Stats(free_pages=0, total_pages=0, cached_pages=0, held_pages=0, pinned=0, running=0, waiting=0, importing=0, free_tokens=1)
 
 
-class GroupLost(TokenmillError):
-    """The engine ended while loading, since another rank did."""
+class EndedWhileLoading(TokenmillError):
+    """Nobody's fault here: another rank ended, or we were told to stop. `status` is what this process exits with."""
 
     def __init__(self, status: int) -> None:
-        super().__init__("the group broke while it loaded")
+        super().__init__("the engine ended while loading")
         self.status = status
 
 
@@ -56,12 +56,15 @@ class Worker:
         self._failure = ""
         self._blame: Blame = ""
         self._status = 1
+        self._loading: EngineLink | None = None
         self._stats = NO_STATS
         self._incarnation: Incarnation | None = None
 
     def stop(self) -> None:
         """Finish or hand back what is here, then leave."""
         self._stopping.set()
+        if self._loading is not None:
+            self._loading.process.terminate()
 
     async def run(self) -> int:
         settings = self._settings
@@ -99,17 +102,22 @@ class Worker:
         return SHUTDOWN_GRACE_S + (self._settings.drain_timeout_s if are_together and not self._failure else 0.0)
 
     async def _load(self, engine: EngineLink, events: AsyncIterator[Event]) -> Ready:
+        self._loading = engine
         with LoadProgress(self._settings.engine.model_dir) as bar:
             async for event in events:
                 if isinstance(event, Progress):
                     bar.update(event.loaded_bytes, event.total_bytes)
                 elif isinstance(event, Ready):
+                    self._loading = None
                     return event
+        self._loading = None
         status = await asyncio.to_thread(engine.process.wait)
+        if self._stopping.is_set():
+            raise EndedWhileLoading(0)
         if status == CONFIG_STATUS:
             raise ConfigError("the engine refused its settings")  # it said which
         if status in PEER_BLAME:
-            raise GroupLost(status)
+            raise EndedWhileLoading(status)
         raise TokenmillError(f"the engine ended while loading (status {status})")
 
     async def _until_provisioned(self, bus: Bus, store: Store) -> None:
@@ -244,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
 async def _guarded(settings: WorkerSettings) -> int:
     try:
         return await _run(settings)
-    except GroupLost as error:
+    except EndedWhileLoading as error:
         return error.status
     except TokenmillError as error:
         print(f"worker {settings.worker_id}: {error}", file=sys.stderr)
