@@ -17,6 +17,7 @@ from coordinator.errors import ConfigError
 from coordinator.group_plan import DEFAULT_PORT, TOKEN_VARIABLE, GroupPlan
 from coordinator.queue_record import QueueUrls
 
+FOLLOWER = "workers.follower"
 FLAGS = ("ep_exchange", "ep_redundant_experts", "ep_rebalance_steps", "one_shot_all_reduce_bytes")
 SWITCHES = ("enable_prefill_microbatch_overlap", "enable_decode_microbatch_overlap")
 
@@ -89,7 +90,7 @@ def processes(flags: argparse.Namespace, role: str, args: list[str], desk: str) 
                 mine += ["--worker_id", f"{flags.worker_id}-{plan.dp_rank(rank)}"]
             found.append((f"{role} worker, rank {rank}", "workers.worker", mine))
         else:
-            found.append((f"rank {rank}", "workers.follower", mine))
+            found.append((f"rank {rank}", FOLLOWER, mine))
     return found
 
 

@@ -16,7 +16,8 @@ from coordinator import lifeline
 from coordinator.bus import Bus
 from coordinator.errors import ConfigError, TokenmillError, Unavailable
 from coordinator.host_identity import address_towards
-from coordinator.rendezvous import CRASHED, DONE, PEER_STATUS, VANISHED
+from coordinator.process_state import StoppedFor
+from coordinator.rendezvous import CRASHED, DONE, PEER_STATUS, SILENCE_S, VANISHED
 from coordinator.store import Blame, Store
 from coordinator.subjects import model_token
 from coordinator.tokenizer import Tokenizer
@@ -74,7 +75,8 @@ class Worker:
             events = engine.events()
             ready = await self._load(engine, events)
             tokenizer = await asyncio.to_thread(Tokenizer.from_dir, settings.engine.model_dir)
-            tasks += [asyncio.create_task(self._pump(engine, events)), asyncio.create_task(self._watch(engine, ready))]
+            tasks += [asyncio.create_task(self._pump(engine, events)), asyncio.create_task(self._watch(engine, ready)),
+                      asyncio.create_task(self._watch_stopped(engine))]
             bus = await Bus.connect(settings.nats_url, name=settings.worker_id, on_fatal=lambda error: self._fail(f"NATS: {error}"))
             store = Store(settings.redis_url, lease_s=settings.lease_s)
             await self._until_provisioned(bus, store)
@@ -169,6 +171,14 @@ class Worker:
         await engine.silence(limit_s)
         self._fail(f"the engine process made no progress for {limit_s:g} s: killed", "crash")
         engine.process.kill()
+
+    async def _watch_stopped(self, engine: EngineLink) -> None:
+        """A rank that is stopped stops all others, and its group is broken for its silence: it is ended, so that a new one can form."""
+        stopped = StoppedFor()
+        while self._settings.engine.ranks.tp > 1:
+            await asyncio.sleep(RETRY_S)
+            if stopped.seconds(engine.process.pid) > SILENCE_S:
+                engine.process.kill()
 
     def _fail(self, why: str, blame: Blame = "", status: int = 1) -> None:
         """The first reason counts."""

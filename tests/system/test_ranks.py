@@ -137,14 +137,17 @@ async def test_a_farm_that_stops_lets_all_dp_groups_finish_what_they_have(two_gr
 
 
 @pytest.mark.chaos
-async def test_a_rank_that_is_stopped_is_noticed_by_its_silence(two_groups: Served, tiny_v3: Path) -> None:
-    url = two_groups.url()
-    two_groups.wait_ready()
+@pytest.mark.parametrize(("farm", "rank"), [("two_ranks", 1), ("two_groups", 1)], ids=["a follower", "a leader"])
+async def test_a_rank_that_is_stopped_is_noticed_by_its_silence(request: pytest.FixtureRequest, tiny_v3: Path, farm: str,
+                                                                rank: int) -> None:
+    served: Served = request.getfixturevalue(farm)
+    url = served.url()
+    served.wait_ready()
     under_way = asyncio.Event()
     streams = [asyncio.create_task(stream(url, prompt, 100, under_way)) for prompt in PROMPTS[:3]]
     await under_way.wait()
-    stopped = two_groups.rank(1)
+    stopped = served.rank(rank)
     stopped.suspend()
     assert await asyncio.gather(*streams) == greedy(tiny_v3, PROMPTS[:3], 100)
-    assert "rank 1 vanished (silent for" in two_groups.log and not stopped.is_running()
-    two_groups.wait_at_rest()
+    assert "rank 1 vanished (silent for" in served.log and not stopped.is_running()
+    served.wait_at_rest()
