@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--ep_redundant_experts", type=int, default=0, help="MOE_MODE=EP: slots per rank for copies of experts in demand (default: 0)")
     add("--ep_rebalance_steps", type=int, default=0, help="MOE_MODE=EP: steps after which experts move by load; 0: never (default: 0)")
     add("--one_shot_all_reduce_bytes", type=int, default=0,
-        help="GPUs that reach each other's memory: sums of up to so many bytes in one kernel of ours; 0: all by NCCL (default: 0)")
+        help="sums over GPUs of one node of up to so many bytes by reading their memory; 0: always by NCCL (default: %(default)s)")
     add("--mtp_mode", default=None, help="not in this version")
     add("--mtp_step", type=int, default=0, help="not in this version")
 

@@ -30,6 +30,9 @@ def plan_of(flags: argparse.Namespace) -> GroupPlan:
     for name in SWITCHES:
         if getattr(flags, name) and plan.is_one_rank:
             raise ConfigError(f"--{name}: one rank exchanges no tokens with anybody: there is nothing to overlap (--tp, MOE_MODE=EP)")
+    for name in FLAGS:
+        if plan.is_one_rank and getattr(flags, name) not in ("auto", 0):
+            raise ConfigError(f"--{name} {getattr(flags, name)}: there is one rank: it has all experts and nothing to sum up (--tp)")
     if plan.nnodes > 1 and not is_loopback(flags.nccl_host):
         if not flags.cluster_token and not flags.insecure:
             raise ConfigError(f"--nccl_host {flags.nccl_host}: not a loopback address: give a cluster token (TOKENMILL_CLUSTER_TOKEN or "

@@ -20,6 +20,7 @@ class RankSettings:
     one_shot_all_reduce_bytes: int = 0
     prefill_overlap: bool = False
     decode_overlap: bool = False
+    one_shot_all_reduce_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
