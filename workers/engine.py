@@ -368,8 +368,8 @@ def _serve(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None]
     with groups.joined(settings, config, sizes) as group:
         engine = load(settings, inbox, send, is_checked=is_checked, group=group, sizes=sizes)
         engine.run()
-        engine.close()
         group.stop_followers()
+        engine.close()
 
 
 def main() -> int:

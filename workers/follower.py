@@ -92,7 +92,8 @@ def _run(argv: list[str] | None) -> int:
                                   address=way.address, desk=way.desk)))
         print(f"rank {settings.ranks.rank} follows its leader", file=sys.stderr, flush=True)
         follower = Follower(executor, channel, sizes.page_size, group.parallel.attn.rank, is_leader_here=group.is_leader_here)
-        is_stopped = follower.run()
+        if is_stopped := follower.run():
+            group.expect_end()
         follower.close()
         if desk is not None:
             desk.close()

@@ -115,7 +115,12 @@ class Group:
         self._followers = followers
         return LeaderExecutor(executor, followers, page_size)
 
+    def expect_end(self) -> None:
+        """We were told to end, and so were the others."""
+        self._member.expects_end = True
+
     def stop_followers(self) -> None:
+        self.expect_end()
         if self._followers is not None:
             self._followers.stop()
 
