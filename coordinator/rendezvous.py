@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coordinator.errors import ConfigError, MalformedMessage, Unavailable
+from coordinator.group_plan import TOKEN_VARIABLE
 from coordinator.messages import decode_map, encode_map
 
 log = logging.getLogger(__name__)
@@ -232,6 +233,4 @@ def _exactly(sock: socket.socket, count: int) -> bytes | None:
 
 def token() -> str:
     """What `serve` left in the environment for its ranks."""
-    from coordinator.group_plan import TOKEN_VARIABLE
-
     return os.environ.get(TOKEN_VARIABLE, "")
