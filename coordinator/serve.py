@@ -15,7 +15,8 @@ from types import FrameType
 
 from coordinator import cluster_token, lifeline, serve_flags, serve_ranks, tls
 from coordinator.errors import ConfigError, TokenmillError
-from coordinator.rendezvous import PEER_STATUS
+from coordinator.process_state import StoppedFor
+from coordinator.rendezvous import PEER_STATUS, SILENCE_S
 from coordinator.serve_queue import FarmQueue, find_queue
 
 POLL_S = 0.1
@@ -33,6 +34,7 @@ class Child:
         self._args = args
         self._environment = environment
         self._deaths: list[float] = []
+        self._stopped = StoppedFor()
         self.is_worker = module == "workers.worker"
         self.has_left = False
         self.start()
@@ -43,7 +45,11 @@ class Child:
     def restart_if_dead(self) -> None:
         """Raises TokenmillError when it keeps dying."""
         status = self.process.poll()
-        if status is None or self.has_left:
+        if self.has_left:
+            return
+        if status is None:
+            if self._module == serve_ranks.FOLLOWER and self._stopped.seconds(self.process.pid) > SILENCE_S:
+                self.process.kill()  # its group is broken for its silence, and cannot form again while it is there
             return
         os.close(self._lifeline)
         if status in PEER_STATUS.values():  # its group broke, since another rank ended: that one's supervisor counts

@@ -125,7 +125,8 @@ def _parser() -> argparse.ArgumentParser:
         "towards NATS)")
     add("--nnodes", type=int, default=1, help="nodes that the ranks are spread over, in order (default: %(default)s)")
     add("--node_rank", type=int, default=0, help="which of them this is; node 0 has the REST port and the queue (default: %(default)s)")
-    add("--nccl_host", default="127.0.0.1", help="address of node 0, where ranks of all nodes meet (default: %(default)s)")
+    add("--nccl_host", default="", help="address of node 0, where ranks of all nodes meet (default: with --redis_url it is found through "
+        "Redis, else 127.0.0.1)")
     add("--nccl_port", type=int, default=0, help="port there (default: 28765; with one node any free one)")
     add("--config_server_host", default="", help="config_server: address to bind. Others: where config servers are, several separated by "
         "commas, each with a port of its own if it has one (a,b:60089)")

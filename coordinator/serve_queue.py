@@ -56,7 +56,7 @@ def find_queue(flags: argparse.Namespace, state_dir: Path, stack: contextlib.Exi
     if flags.run_mode == "pd_master":
         return _kept(flags, flags.host, state_dir, role, stack)
     if flags.nnodes > 1:
-        return _kept(flags, flags.nccl_host, state_dir, role, stack)
+        return _kept(flags, flags.nccl_host or "127.0.0.1", state_dir, role, stack)
     return _embedded(flags, state_dir, stack)
 
 

@@ -324,6 +324,13 @@ class Store:
         """The job's record, {} when there is none."""
         return await self.hash(f"job:{job_id}")
 
+    async def note_desk(self, group: str, address: str) -> None:
+        """Where the ranks of a group meet (desk_record.py); read by `hash("desks")`."""
+        try:
+            await self._redis.hset(self._key("desks"), group, address)
+        except REDIS_FAILURES as error:
+            raise Unavailable(f"Redis at {self.url}: {error}") from None
+
     async def hash(self, name: str) -> dict[str, str]:
         """A whole record by the name of its key, {} when there is none."""
         try:

@@ -29,6 +29,7 @@ from pathlib import Path
 
 from coordinator.errors import ConfigError, InvalidField, LayoutMismatch, PagesExhausted
 from coordinator.messages import KVLayout, KVRank
+from coordinator.rendezvous import PEER_STATUS, VANISHED
 from workers import group as groups
 from workers.block_journal import BlockJournal
 from workers.channel import BlockingChannel
@@ -58,7 +59,7 @@ from workers.engine_messages import (
 )
 from workers.engine_sizes import EngineSizes, choose_sizes, resolve
 from workers.executor import EagerExecutor, Executor, Flight
-from workers.group import Group
+from workers.group import Group, GroupBroken
 from workers.guided import Grammars, GuideMaker
 from workers.kv_cache import KVCache, check_same_layout
 from workers.leader import GroupCopier, LeaderExecutor
@@ -383,8 +384,8 @@ def _serve(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None]
     with groups.joined(settings, config, sizes) as group:
         engine = load(settings, inbox, send, is_checked=is_checked, group=group, sizes=sizes)
         engine.run()
-        engine.close()
         group.stop_followers()
+        engine.close()
 
 
 def main() -> int:
@@ -402,6 +403,8 @@ def main() -> int:
     except ConfigError as error:
         log.error("%s", error)
         return 2
+    except GroupBroken:
+        return PEER_STATUS[VANISHED]
     except BrokenPipeError:
         return 0  # the I/O process is gone; the reader thread is about to find out too
     return 0

@@ -115,7 +115,12 @@ class Group:
         self._followers = followers
         return LeaderExecutor(executor, followers, page_size)
 
+    def expect_end(self) -> None:
+        """We were told to end, and so were the others."""
+        self._member.expects_end = True
+
     def stop_followers(self) -> None:
+        self.expect_end()
         if self._followers is not None:
             self._followers.stop()
 
@@ -180,13 +185,17 @@ def joined(settings: EngineSettings, config: ModelConfig, engine: EngineSizes) -
     if sizes.attn_tp_rank(rank) == 0:
         listeners = {"steps": socket.create_server((host, 0)), "rounds": socket.create_server((host, 0))}
         endpoints |= {kind: f"{host}:{listener.getsockname()[1]}" for kind, listener in listeners.items()}
-    facts = _facts(settings, engine)
-    formed = member.join(Seat(group=name, rank=rank, size=sizes.tp, facts=facts, endpoints=endpoints))
-    member.watch(_end)
-    if rank != 0:
-        store = TCPStore(*_address(formed.endpoints[0]["store"]), sizes.tp, is_master=False, timeout=COLLECTIVE_TIMEOUT,
-                              wait_for_workers=False)
+    seat = Seat(group=name, rank=rank, size=sizes.tp, facts=_facts(settings, engine), endpoints=endpoints)
     try:
+        formed = member.join(seat)
+    except Unavailable as error:
+        log.warning("%s", error)
+        raise GroupBroken from None
+    member.watch(_end)
+    try:
+        if rank != 0:
+            store = TCPStore(*_address(formed.endpoints[0]["store"]), sizes.tp, is_master=False, timeout=COLLECTIVE_TIMEOUT,
+                             wait_for_workers=False)
         _choose_interface(host)
         without_multicast()
         device = torch.device(settings.device)
@@ -201,10 +210,14 @@ def joined(settings: EngineSettings, config: ModelConfig, engine: EngineSizes) -
         raise
     except Exception as error:
         if member.others_left_first(VERDICT_S):
-            raise Unavailable("the group is broken") from None  # `_end` is about to end this process
+            raise GroupBroken from None  # `_end` is about to end this process
         log.exception("rank %d failed", rank)
         member.leave(CRASHED, f"{type(error).__name__}: {error}")
         raise
+
+
+class GroupBroken(Exception):
+    """Another rank is gone. Not an error of this one."""
 
 
 def _end(broken: Broken) -> None:

@@ -17,7 +17,6 @@ class RankSettings:
     ep_exchange: str = "auto"
     ep_redundant_experts: int = 0
     ep_rebalance_steps: int = 0
-    one_shot_all_reduce_bytes: int = 0
     prefill_overlap: bool = False
     decode_overlap: bool = False
 

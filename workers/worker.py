@@ -17,8 +17,13 @@ from coordinator import lifeline
 from coordinator.bus import Bus
 from coordinator.errors import ConfigError, TokenmillError, Unavailable
 from coordinator.host_identity import address_towards
+<<<<<<< HEAD
 from coordinator.lifeline import DRAINED_STATUS
 from coordinator.rendezvous import CRASHED, DONE, PEER_STATUS, VANISHED
+=======
+from coordinator.process_state import StoppedFor
+from coordinator.rendezvous import CRASHED, DONE, PEER_STATUS, SILENCE_S, VANISHED
+>>>>>>> ranks
 from coordinator.store import Blame, Store
 from coordinator.subjects import model_token
 from coordinator.tokenizer import Tokenizer
@@ -45,11 +50,11 @@ PEER_BLAME: dict[int, Blame] = {PEER_STATUS[DONE]: "", PEER_STATUS[VANISHED]: "d
 NO_STATS = Stats(free_pages=0, total_pages=0, cached_pages=0, held_pages=0, pinned=0, running=0, waiting=0, importing=0, free_tokens=1)
 
 
-class GroupLost(TokenmillError):
-    """The engine ended while loading, since another rank did."""
+class EndedWhileLoading(TokenmillError):
+    """Nobody's fault here: another rank ended, or we were told to stop. `status` is what this process exits with."""
 
     def __init__(self, status: int) -> None:
-        super().__init__("the group broke while it loaded")
+        super().__init__("the engine ended while loading")
         self.status = status
 
 
@@ -62,6 +67,7 @@ class Worker:
         self._failure = ""
         self._blame: Blame = ""
         self._status = 1
+        self._loading: EngineLink | None = None
         self._stats = NO_STATS
         self._incarnation: Incarnation | None = None
         self._role = settings.engine.role
@@ -72,6 +78,8 @@ class Worker:
     def stop(self) -> None:
         """Finish or hand back what is here, then leave."""
         self._stopping.set()
+        if self._loading is not None:
+            self._loading.process.terminate()
 
     async def run(self) -> int:
         settings = self._settings
@@ -81,7 +89,8 @@ class Worker:
             events = engine.events()
             ready = await self._load(engine, events)
             tokenizer = await asyncio.to_thread(Tokenizer.from_dir, settings.engine.model_dir)
-            tasks += [asyncio.create_task(self._pump(engine, events)), asyncio.create_task(self._watch(engine, ready))]
+            tasks += [asyncio.create_task(self._pump(engine, events)), asyncio.create_task(self._watch(engine, ready)),
+                      asyncio.create_task(self._watch_stopped(engine))]
             bus = await Bus.connect(settings.nats_url, name=settings.worker_id, on_fatal=lambda error: self._fail(f"NATS: {error}"))
             store = Store(settings.redis_url, lease_s=settings.lease_s)
             await self._until_provisioned(bus, store)
@@ -118,18 +127,27 @@ class Worker:
         are_together = ranks.moe_mode == "EP" and ranks.dp > 1
         return SHUTDOWN_GRACE_S + (self._settings.drain_timeout_s if are_together and not self._failure else 0.0)
 
+<<<<<<< HEAD
     async def _load(self, engine: Engine, events: AsyncIterator[Event]) -> Ready:
+=======
+    async def _load(self, engine: EngineLink, events: AsyncIterator[Event]) -> Ready:
+        self._loading = engine
+>>>>>>> ranks
         with LoadProgress(self._settings.engine.model_dir) as bar:
             async for event in events:
                 if isinstance(event, Progress):
                     bar.update(event.loaded_bytes, event.total_bytes)
                 elif isinstance(event, Ready):
+                    self._loading = None
                     return event
+        self._loading = None
         status = await asyncio.to_thread(engine.process.wait)
+        if self._stopping.is_set():
+            raise EndedWhileLoading(0)
         if status == CONFIG_STATUS:
             raise ConfigError("the engine refused its settings")  # it said which
         if status in PEER_BLAME:
-            raise GroupLost(status)
+            raise EndedWhileLoading(status)
         raise TokenmillError(f"the engine ended while loading (status {status})")
 
     async def _until_provisioned(self, bus: Bus, store: Store) -> None:
@@ -183,6 +201,14 @@ class Worker:
         await engine.silence(limit_s)
         self._fail(f"the engine process made no progress for {limit_s:g} s: killed", "crash")
         engine.process.kill()
+
+    async def _watch_stopped(self, engine: EngineLink) -> None:
+        """A rank that is stopped stops all others, and its group is broken for its silence: it is ended, so that a new one can form."""
+        stopped = StoppedFor()
+        while self._settings.engine.ranks.tp > 1:
+            await asyncio.sleep(RETRY_S)
+            if stopped.seconds(engine.process.pid) > SILENCE_S:
+                engine.process.kill()
 
     def _fail(self, why: str, blame: Blame = "", status: int = 1) -> None:
         """The first reason counts."""
@@ -273,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
 async def _guarded(settings: WorkerSettings) -> int:
     try:
         return await _run(settings)
-    except GroupLost as error:
+    except EndedWhileLoading as error:
         return error.status
     except TokenmillError as error:
         print(f"worker {settings.worker_id}: {error}", file=sys.stderr)
