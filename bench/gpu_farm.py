@@ -35,6 +35,7 @@ from bench.workload import WorkItem, make_workload, vocab_size_of
 from workers.model_config import ModelConfig
 
 RESULTS = Path("bench/results")
+KILL_PACE_S = 11.0       # `tokenmill serve` takes a worker that dies three times in 20 s for one that a restart does not heal
 API = APIS["lightllm"]
 MODES = ("normal", "pd", "pair")
 PEER = "bar: vLLM 0.26 under 100 clients, 1024/128, on another GPU, an H100 of 3.0 TB/s"
@@ -166,6 +167,7 @@ def chaos_rows(state_dir: Path, items: Sequence[WorkItem], arguments: argparse.N
     draw, urls, num_valid, num_asked, notes = random.Random(arguments.seed), master_urls(state_dir), 0, 0, set()
     ends_at = time.monotonic() + arguments.chaos_s
     while time.monotonic() < ends_at:
+        time.sleep(KILL_PACE_S)
         url = urls[num_asked // len(items) % len(urls)]
         valid, note = _killed_load(url, draw.choice(worker_names(state_dir)), state_dir, items, arguments)
         num_valid, num_asked = num_valid + valid, num_asked + len(items)
