@@ -10,7 +10,7 @@ WORKERS=(prefill=0,1 prefill=2,3 decode=4,5 decode=6,7)
 CHAOS_S=${CHAOS_S:-300}
 MODEL=${MODEL_DIR:-$([ -d /dev/shm ] && echo /dev/shm || echo /tmp)/tokenmill-v2-lite}
 if [ -n "$DRY_RUN" ]; then
-    MODEL=$(mktemp -d)/model WORKERS=(prefill=0 decode=0,1) CHAOS_S=10
+    MODEL=$(mktemp -d)/model WORKERS=(prefill=0 decode=0,1) CHAOS_S=30
     "$PYTHON" -m tokenmill model random --like deepseek-v2 --dest "$MODEL" >/dev/null || exit 1
     FARM=(--device cpu --requests 8 --num_clients 4 --input_len 40 --output_len 8 --handover_lens 16 64 --pool_tokens 8192 --load_workers 1
           --kill_after_s 0.3)
