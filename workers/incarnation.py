@@ -147,7 +147,7 @@ class Incarnation:
     def on_event(self, event: Event) -> None:
         match event:
             case Tokens():
-                self._clock.tick()
+                self._clock.tick(any(row.finish is None for row in event.rows) and self.me.role != "prefill")   # there the first token ends it
                 self.jobs.on_tokens(event)
             case Stats():
                 self.stats = event
