@@ -73,7 +73,8 @@ async def test_the_planner_moves_workers_to_where_they_are_wanted_and_back(tmp_p
     at_config = ["--config_server_host", "127.0.0.1", "--config_server_port", str(config_port)]
     doors, url = f"http://127.0.0.1:{config_port}", f"http://127.0.0.1:{port}"
     with Servings(tmp_path) as farm:
-        farm.serve("config", "--run_mode", "config_server", *at_config, "--planner", "act", "--ttft_objective", "0.5", "--tpot_objective", "0.5")
+        farm.serve("config", "--run_mode", "config_server", *at_config, "--planner", "act", "--ttft_objective", "0.5",
+                   "--tpot_objective", "0.5")
         farm.serve("master", "--run_mode", "pd_master", "--model_dir", str(tiny_v3), "--port", str(port), *at_config)
         for name, role in (("a", "prefill"), ("b", "decode"), ("c", "decode")):
             farm.serve(name, "--run_mode", role, "--model_dir", str(tiny_v3), "--worker_id", name, "--max_total_token_num", "16384",
@@ -86,5 +87,4 @@ async def test_the_planner_moves_workers_to_where_they_are_wanted_and_back(tmp_p
         load = Load(url, ANSWERS, 24)
         report = await until_role(doors, "decode", 2, load)
         await load.end()
-        assert [entry["role"] for entry in report["planner"]["decisions"] if entry["kind"] == "move"][0] == "decode"
-        print(json.dumps(report["planner"]["decisions"], indent=1))
+        assert next(entry["role"] for entry in report["planner"]["decisions"] if entry["kind"] == "move") == "decode"
