@@ -1,4 +1,4 @@
-"""A farm on one GPU in either of its shapes, started as a user starts it and gone when the block ends."""
+"""A farm on one GPU in either of its shapes, started as a user starts it and gone when the block ends. A prefill worker can be killed."""
 
 import argparse
 import contextlib
@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.farm_process import LOG_LINES, ROOT, FarmFailed, running_farm
@@ -19,22 +20,37 @@ POLL_S = 0.2
 STOP_S = 45.0
 
 
+@dataclass(frozen=True, slots=True)
+class GpuFarm:
+    """`replace_prefill` kills the prefill worker with SIGKILL, all its processes, and starts another. Not in mode normal."""
+
+    url: str
+    replace_prefill: Callable[[], None] | None = None
+
+
 @contextlib.contextmanager
-def running_modes(mode: str, model_dir: Path, state_dir: Path, arguments: argparse.Namespace) -> Iterator[str]:
-    """Base URL of a farm that answers. `mode` is normal or pd. Raises FarmFailed with the last words of what did not start."""
+def running_modes(mode: str, model_dir: Path, state_dir: Path, arguments: argparse.Namespace) -> Iterator[GpuFarm]:
+    """A farm that answers. `mode` is normal or pd. Raises FarmFailed with the last words of what did not start."""
     flags = ["--device", arguments.device, "--max_total_token_num", str(arguments.pool_tokens), *shlex.split(arguments.serve_flags)]
     os.environ["LOADWORKER"] = str(arguments.load_workers)
     with _multi_process_service() if arguments.mps else contextlib.nullcontext():
         if mode == "normal":
             with running_farm(model_dir, state_dir, num_threads=0, ready_s=arguments.ready_s, flags=flags) as url:
-                yield url
+                yield GpuFarm(url)
             return
         with running_farm(model_dir, state_dir, num_threads=0, ready_s=arguments.ready_s, flags=["--run_mode", "pd_master"]) as url:
             target = Target.parse(url)
             join = ["--pd_master_ip", target.host, "--pd_master_port", str(target.port), *flags]
-            with _worker("prefill", model_dir, state_dir, join) as prefill, _worker("decode", model_dir, state_dir, join) as decode:
+            with contextlib.ExitStack() as stack:
+                prefill, decode = (stack.enter_context(_worker(role, model_dir, state_dir, join)) for role in ("prefill", "decode"))
+
+                def replace_prefill() -> None:
+                    os.killpg(prefill.pid, signal.SIGKILL)
+                    prefill.wait()
+                    stack.enter_context(_worker("prefill", model_dir, state_dir, join))
+
                 _wait_until_ready(url, {"prefill": prefill, "decode": decode}, state_dir, arguments.ready_s)
-                yield url
+                yield GpuFarm(url, replace_prefill)
 
 
 @contextlib.contextmanager
@@ -42,8 +58,9 @@ def _worker(role: str, model_dir: Path, state_dir: Path, flags: list[str]) -> It
     command = [sys.executable, "-m", "tokenmill", "serve", "--run_mode", role, "--model_dir", str(model_dir.resolve()), *flags]
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # a clone need not be installed
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": search}
-    with _log(state_dir, role).open("wb") as log:
-        process = subprocess.Popen(command, cwd=state_dir, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+    with _log(state_dir, role).open("ab") as log:
+        process = subprocess.Popen(command, cwd=state_dir, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                                   start_new_session=True)
     try:
         yield process
     finally:

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 GRAPH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240, 256, 320, 384, 448, 512)
 MAX_DECOMPRESSED_KEYS = 128 * 1024   # of one attention call over chunks: bounds the memory for their keys and values
 WARM_PREFILLS = (1, 7, 33, 64, 250, 512, 1024, 2047, 4096)  # chunk sizes with configurations of their own
+WARM_DECODES = (1, 7, 16)            # beside a chunk
 RESERVED_BYTES = 2 << 30             # activations beyond those of a full chunk, the libraries' own
 
 
@@ -134,6 +135,8 @@ class CudaExecutor:
         largest = min(self.chunk_size, self.num_pages * self.page_size, self.config.max_position, self._width * self.page_size)
         for length in sorted({min(length, largest) for length in (*WARM_PREFILLS, largest)}):
             self._warm_prefill(length)
+        for num_decodes in sorted({min(count, self.max_num_seqs) for count in (*WARM_DECODES, self.max_num_seqs)}):
+            self._warm_prefill(largest, num_decodes)
         for size in reversed(self._graph_sizes):
             self._capture(size)
         if not self._graph_sizes:
@@ -141,10 +144,13 @@ class CudaExecutor:
         self._sampler.warm_up()
         self._synchronize()
 
-    def _warm_prefill(self, length: int) -> None:
-        pages = list(range(-(-length // self.page_size)))
-        self._forward(ForwardBatch(token_ids=[0] * length, positions=list(range(length)), slot_mapping=[], query_lens=[length],
-                                   seq_lens=[length], page_tables=[pages], logit_rows=[length - 1], carried=[-1]))
+    def _warm_prefill(self, length: int, num_decodes: int = 0) -> None:
+        """One prompt, and beside it decodes of one token each."""
+        pages, ones = list(range(-(-length // self.page_size))), [1] * num_decodes
+        num_rows = num_decodes + length
+        self._forward(ForwardBatch(token_ids=[0] * num_rows, positions=[*[0] * num_decodes, *range(length)], slot_mapping=[],
+                                   query_lens=[*ones, length], seq_lens=[*ones, length], page_tables=[*[pages] * num_decodes, pages],
+                                   logit_rows=[*range(num_decodes), num_rows - 1], carried=[-1] * (num_decodes + 1)))
         self._synchronize()
 
     @torch.inference_mode()
