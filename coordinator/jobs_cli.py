@@ -43,11 +43,11 @@ def main(argv: list[str]) -> int:
 
 async def _run(flags: argparse.Namespace) -> int:
     if flags.action == "list":
-        async with reach(flags) as farm:
+        async with reach(flags, needs_model=False) as farm:
             _show(await open_jobs(farm.store), flags)
         return 0
     job_id = check_id("job_id", flags.job_id)
-    async with reach(flags) as farm:
+    async with reach(flags, needs_model=False) as farm:
         if flags.action == "show":
             shown = await describe(farm, job_id)
             print(json.dumps(shown, indent=2))

@@ -32,8 +32,8 @@ def new_passwords() -> dict[str, str]:
 
 
 def inbox_of(user: str) -> str:
-    """The prefix of a user's inboxes; without users everybody has NATS' own."""
-    return f"_INBOX_{user}" if user else "_INBOX"
+    """The prefix of a user's inboxes. Clients have NATS' own, so that any library works as it is; so has everybody without a user."""
+    return f"_INBOX_{user}" if user in ("master", "worker", "operator") else "_INBOX"
 
 
 def nats_authorization(passwords: dict[str, str]) -> dict[str, Any]:

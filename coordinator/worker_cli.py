@@ -57,7 +57,7 @@ def _run_cli(program: str, flags: argparse.Namespace) -> int:
 
 async def _run(flags: argparse.Namespace) -> int:
     check_id("worker", flags.worker)
-    async with reach(flags) as farm:
+    async with reach(flags, needs_model=False) as farm:
         if flags.action == "show":
             views = [view for view in await farm.store.workers() if view.worker == flags.worker and view.is_alive]
             if not flags.check:

@@ -163,7 +163,8 @@ class Incarnation:
     def on_event(self, event: Event) -> None:
         match event:
             case Tokens():
-                self._clock.tick()
+                # Of a prefill worker no sequence goes on: its first token is its last one there.
+                self._clock.tick(self.me.role != "prefill" and any(row.finish is None for row in event.rows))
                 self.jobs.on_tokens(event)
             case Stats():
                 self.stats = event

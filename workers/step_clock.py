@@ -1,25 +1,26 @@
-"""How long the engine's steps take, seen from the I/O process by when their tokens arrive."""
+"""How long decode steps take, seen from the I/O process by when their tokens arrive."""
 
 import time
 
 SMOOTHING = 0.1
-LONGEST_PAUSE_S = 2.0    # tokens further apart are not of consecutive steps
 FORGET_S = 10.0          # nothing runs any more
 
 
 class StepClock:
-    """A moving average over consecutive steps."""
+    """A moving average over the pauses between steps that had a sequence in common: else the pause was for want of work."""
 
     def __init__(self) -> None:
         self._last_s = float("-inf")
         self._mean_s = 0.0
+        self._goes_on = False
 
-    def tick(self) -> None:
-        """Tokens of a step came."""
+    def tick(self, goes_on: bool) -> None:
+        """Tokens of a step came; `goes_on`: some sequence of it has not ended, so the next step follows at once."""
         now = time.monotonic()
         pause_s, self._last_s = now - self._last_s, now
-        if pause_s < LONGEST_PAUSE_S:
+        if self._goes_on:
             self._mean_s += (pause_s - self._mean_s) * (SMOOTHING if self._mean_s else 1.0)
+        self._goes_on = goes_on
 
     @property
     def step_s(self) -> float:
