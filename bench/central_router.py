@@ -7,15 +7,15 @@ from bench.virtual_farm import VirtualClock, VirtualJob, VirtualWorker, schedule
 from workers.mock_costs import MockCosts
 
 # Which of the workers gets this prompt.
-Choose = Callable[[Sequence[VirtualWorker], list[int]], VirtualWorker]
+Choose = Callable[[Sequence[VirtualWorker], Sequence[int]], VirtualWorker]
 
 
-def cache_aware(workers: Sequence[VirtualWorker], prompt: list[int]) -> VirtualWorker:
+def cache_aware(workers: Sequence[VirtualWorker], prompt: Sequence[int]) -> VirtualWorker:
     """Least to compute before its first token; of equals the one with fewest jobs, now and then ever."""
     return min(workers, key=lambda worker: (worker.backlog + len(prompt) - worker.cached_tokens(prompt), worker.num_jobs, worker.num_added))
 
 
-def least_loaded(workers: Sequence[VirtualWorker], prompt: list[int]) -> VirtualWorker:
+def least_loaded(workers: Sequence[VirtualWorker], prompt: Sequence[int]) -> VirtualWorker:
     """What pulling from one queue comes to: whoever has least to do."""
     return min(workers, key=lambda worker: (worker.backlog, worker.num_jobs, worker.num_added))
 

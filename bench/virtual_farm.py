@@ -6,6 +6,7 @@ once, and how a policy behaves over hours in seconds. One thread, one heap of ev
 
 import heapq
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -25,7 +26,7 @@ class VirtualJob:
     """One request and what became of it; times are virtual seconds."""
 
     job_id: str
-    prompt: list[int]
+    prompt: Seq[int]
     num_output: int
     sent_s: float
     worker: int = -1
@@ -147,7 +148,7 @@ class VirtualWorker:
         return sum(sequence.num_pending for _, sequence in self._jobs.values()
                    if sequence.num_pending > 1 or sequence.state is State.WAITING)
 
-    def cached_tokens(self, prompt: list[int]) -> int:
+    def cached_tokens(self, prompt: Seq[int]) -> int:
         cache = self._engine.scheduler.cache
         path = cache.match(prompt, len(prompt) - 1)
         num_tokens = len(path) * cache.page_size
