@@ -136,6 +136,7 @@ class VirtualWorker:
         self._engine = VirtualEngine(clock, costs, settings, self._on_event)
         self._on_ended = on_ended
         self.num_added = 0
+        self._standing = 0
         self._jobs: dict[str, tuple[VirtualJob, Sequence]] = {}
 
     @property
@@ -147,6 +148,11 @@ class VirtualWorker:
         """Prompt tokens still to compute."""
         return sum(sequence.num_pending for _, sequence in self._jobs.values()
                    if sequence.num_pending > 1 or sequence.state is State.WAITING)
+
+    def take_standing(self) -> int:
+        """The least backlog since the last call."""
+        standing, self._standing = self._standing, self.backlog
+        return standing
 
     def cached_tokens(self, prompt: Seq[int]) -> int:
         cache = self._engine.scheduler.cache
@@ -161,6 +167,7 @@ class VirtualWorker:
         self._jobs[job.job_id] = (job, self._engine.add(add_command(job)))
 
     def _on_event(self, event: Event) -> None:
+        self._standing = min(self._standing, self.backlog)
         if not isinstance(event, Tokens):
             return
         for told in event.prefilled:
