@@ -1,7 +1,8 @@
 """Conversations of many turns on mock workers, with prefix affinity off and on, beside a central router. `python -m bench.affinity`
 
 The farm is real but for the model: queue, claims, the index in Redis, stale views. The central router is simulated on the same
-conversations and knows everything at once (bench/central_router.py). Answers are part of the prompts that follow, as in a chat.
+conversations and knows everything at once (bench/central_router.py); the farm's own policy is simulated there too, without the machine's
+noise. Answers are part of the prompts that follow, as in a chat.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import uvloop
@@ -19,7 +21,7 @@ from rich.console import Console
 from bench import affinity_plot
 from bench.affinity_figures import Served, Turn, rows
 from bench.bench_process import BenchProcess
-from bench.central_router import cache_aware, play
+from bench.central_router import Choose, cache_aware, play
 from bench.conversations import Conversation, make_conversations, prompt_of
 from bench.machine import describe_machine, machine_line
 from bench.report import Row, render_table, write_report
@@ -47,7 +49,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--output_tokens", type=int, default=16, help="(default: %(default)s)")
     add("--think_s", type=float, default=4.0, help="mean pause of a user (default: %(default)s)")
     add("--spread_s", type=float, default=40.0, help="within which conversations begin (default: %(default)s)")
-    add("--mock_costs", default="prefill=4000,step_ms=50", help="(default: %(default)s)")
+    add("--mock_costs", default="prefill=1000,step_ms=50", help="(default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=RESULTS, help="writes OUT.json, .md, .png (default: %(default)s)")
     return parser.parse_args(argv)
@@ -105,18 +107,21 @@ class Chats:
                 ttft_s=handle.timing.first_token_s - submitted_s, worker=record.workers[0].rpartition(".")[0]))
 
 
-def central(flags: argparse.Namespace, conversations: Sequence[Conversation]) -> Served:
-    jobs = play(conversations, cache_aware, num_workers=flags.workers, num_tokens=flags.max_total_token_num,
+def virtual(name: str, choose: Choose | RoutingPolicy, flags: argparse.Namespace, conversations: Sequence[Conversation]) -> Served:
+    jobs = play(conversations, choose, num_workers=flags.workers, num_tokens=flags.max_total_token_num,
                 num_output=flags.output_tokens, costs=MockCosts.parse(flags.mock_costs))
     turns = [Turn(index=int(job.job_id.partition("-")[2]), prompt_tokens=len(job.prompt), cached_tokens=job.cached_tokens,
                   output_tokens=len(job.output), ttft_s=job.first_token_s - job.sent_s, worker=str(job.worker)) for job in jobs]
-    return Served(name="central, simulated", turns=turns, num_workers=flags.workers)
+    return Served(name=name, turns=turns, num_workers=flags.workers)
 
 
 def run(flags: argparse.Namespace) -> list[Row]:
     conversations = make_conversations(flags.conversations, flags.turns, think_s=flags.think_s, spread_s=flags.spread_s, seed=flags.seed)
-    ways = [Chats(flags, conversations).run("off"), Chats(flags, conversations).run("on"), central(flags, conversations)]
-    found = rows(*ways)
+    central = virtual("central, simulated", cache_aware, flags, conversations)
+    off, on = (virtual(f"affinity {flag}, simulated", RoutingPolicy(prefix_affinity=flag == "on"), flags, conversations)
+               for flag in ("off", "on"))
+    ways = [Chats(flags, conversations).run("off"), Chats(flags, conversations).run("on"), central]
+    found = [*rows(*ways), *(replace(row, name=f"{row.name}, simulated") for row in rows(off, on, central))]
     title = (f"{flags.conversations} conversations of {flags.turns} turns on {flags.workers} mock workers "
              f"({flags.mock_costs}; {flags.max_total_token_num} KV tokens each)")
     Console(width=170).print(render_table(title, found))

@@ -93,7 +93,7 @@ def requests(phases: Sequence[Phase], seed: int) -> list[VirtualJob]:
         now_s += draw.expovariate(phase.rate)
         prompt_len = int(phase.prompt_tokens * draw.uniform(0.5, 1.5))
         first_id = LOWEST_ID + len(jobs)      # no two prompts begin alike: nothing is found cached
-        jobs.append(VirtualJob(job_id=f"job-{len(jobs)}", prompt=list(range(first_id, first_id + prompt_len)), sent_s=now_s,
+        jobs.append(VirtualJob(job_id=f"job-{len(jobs)}", prompt=range(first_id, first_id + prompt_len), sent_s=now_s,
                                num_output=max(2, int(phase.output_tokens * draw.uniform(0.5, 1.5)))))
 
 

@@ -6,6 +6,7 @@ once, and how a policy behaves over hours in seconds. One thread, one heap of ev
 
 import heapq
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -25,7 +26,7 @@ class VirtualJob:
     """One request and what became of it; times are virtual seconds."""
 
     job_id: str
-    prompt: list[int]
+    prompt: Seq[int]
     num_output: int
     sent_s: float
     worker: int = -1
@@ -135,6 +136,7 @@ class VirtualWorker:
         self._engine = VirtualEngine(clock, costs, settings, self._on_event)
         self._on_ended = on_ended
         self.num_added = 0
+        self._standing = 0
         self._jobs: dict[str, tuple[VirtualJob, Sequence]] = {}
 
     @property
@@ -147,7 +149,12 @@ class VirtualWorker:
         return sum(sequence.num_pending for _, sequence in self._jobs.values()
                    if sequence.num_pending > 1 or sequence.state is State.WAITING)
 
-    def cached_tokens(self, prompt: list[int]) -> int:
+    def take_standing(self) -> int:
+        """The least backlog since the last call."""
+        standing, self._standing = self._standing, self.backlog
+        return standing
+
+    def cached_tokens(self, prompt: Seq[int]) -> int:
         cache = self._engine.scheduler.cache
         path = cache.match(prompt, len(prompt) - 1)
         num_tokens = len(path) * cache.page_size
@@ -160,6 +167,7 @@ class VirtualWorker:
         self._jobs[job.job_id] = (job, self._engine.add(add_command(job)))
 
     def _on_event(self, event: Event) -> None:
+        self._standing = min(self._standing, self.backlog)
         if not isinstance(event, Tokens):
             return
         for told in event.prefilled:

@@ -40,7 +40,8 @@ class LaneWatch:
         ordered = sorted(lanes, key=lambda at: at[1] in living[at[0]])
         num_orphaned = sum(lane not in living[model] for model, lane in ordered)
         for model, lane in ordered[:num_orphaned + MOST_LANES]:
-            await self._bus.ensure_lane(model, lane)
+            if lane not in living[model]:
+                await self._bus.ensure_lane(model, lane)     # it may be a name that nobody ever served
             state = await self._bus.lane_state(model, lane)
             num_waiting = state["pending"]
             if lane in living[model]:

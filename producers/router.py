@@ -99,8 +99,8 @@ class Router:
         self._loads = {load.worker: load for load in loads}
         self._worker_of = {view.incarnation: view.worker for view in views}
         self._page_size = next((int(view.info["layout"]["page_size"]) for view in views if view.info.get("lanes")), 0)
-        if not any(load.lane or load.role == "decode" for load in loads):
-            self._loads = {}     # nobody to prefer: no job is looked up
+        if len(loads) < 2 or not any(load.lane or load.role == "decode" for load in loads):
+            self._loads = {}     # nobody to prefer to somebody else: no job is looked up
 
     def _snapshot(self) -> Snapshot:
         """What workers said of themselves, and what was sent to them just now."""

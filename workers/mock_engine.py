@@ -9,7 +9,7 @@ import asyncio
 import logging
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from coordinator.errors import ConfigError, InvalidField, PagesExhausted
@@ -167,7 +167,7 @@ def mock_token(sequence: Sequence, vocab_size: int) -> int:
     return token_at(sequence.sampling, len(sequence.token_ids) - sequence.num_prompt, vocab_size)
 
 
-def prompt_digest(prompt_ids: list[int]) -> int:
+def prompt_digest(prompt_ids: Iterable[int]) -> int:
     return zlib.crc32(pack_ids(prompt_ids))
 
 
