@@ -99,7 +99,8 @@ class CudaExecutor:
         self._graph_sizes = [size for size in GRAPH_SIZES if size <= min(graph_max_batch_size, max_num_seqs)] if has_graphs else []
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.num_pages = num_pages or parallel.world.least(self._pages_that_fit(mem_fraction, dtype), device)
-        self.kv_cache = KVCache.create(self._local, self.num_pages, page_size, dtype, device, weights_id, self._sizes.attn_tp)
+        self.kv_cache = KVCache.create(self._local, self.num_pages, page_size, dtype, device, weights_id,
+                                       tp_size=self._sizes.attn_tp, whole=config)
 
     @classmethod
     def create(cls, settings: EngineSettings, config: ModelConfig, sizes: EngineSizes, progress: Progress | None,

@@ -19,6 +19,7 @@ class RankSettings:
     ep_rebalance_steps: int = 0
     prefill_overlap: bool = False
     decode_overlap: bool = False
+    one_shot_all_reduce_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,13 +17,9 @@ from coordinator import lifeline
 from coordinator.bus import Bus
 from coordinator.errors import ConfigError, TokenmillError, Unavailable
 from coordinator.host_identity import address_towards
-<<<<<<< HEAD
 from coordinator.lifeline import DRAINED_STATUS
-from coordinator.rendezvous import CRASHED, DONE, PEER_STATUS, VANISHED
-=======
 from coordinator.process_state import StoppedFor
 from coordinator.rendezvous import CRASHED, DONE, PEER_STATUS, SILENCE_S, VANISHED
->>>>>>> ranks
 from coordinator.store import Blame, Store
 from coordinator.subjects import model_token
 from coordinator.tokenizer import Tokenizer
@@ -67,7 +63,7 @@ class Worker:
         self._failure = ""
         self._blame: Blame = ""
         self._status = 1
-        self._loading: EngineLink | None = None
+        self._loading: Engine | None = None
         self._stats = NO_STATS
         self._incarnation: Incarnation | None = None
         self._role = settings.engine.role
@@ -89,8 +85,9 @@ class Worker:
             events = engine.events()
             ready = await self._load(engine, events)
             tokenizer = await asyncio.to_thread(Tokenizer.from_dir, settings.engine.model_dir)
-            tasks += [asyncio.create_task(self._pump(engine, events)), asyncio.create_task(self._watch(engine, ready)),
-                      asyncio.create_task(self._watch_stopped(engine))]
+            tasks += [asyncio.create_task(self._pump(engine, events)), asyncio.create_task(self._watch(engine, ready))]
+            if isinstance(engine, EngineLink) and settings.engine.ranks.tp > 1:
+                tasks.append(asyncio.create_task(self._watch_stopped(engine)))
             bus = await Bus.connect(settings.nats_url, name=settings.worker_id, on_fatal=lambda error: self._fail(f"NATS: {error}"))
             store = Store(settings.redis_url, lease_s=settings.lease_s)
             await self._until_provisioned(bus, store)
@@ -127,12 +124,8 @@ class Worker:
         are_together = ranks.moe_mode == "EP" and ranks.dp > 1
         return SHUTDOWN_GRACE_S + (self._settings.drain_timeout_s if are_together and not self._failure else 0.0)
 
-<<<<<<< HEAD
     async def _load(self, engine: Engine, events: AsyncIterator[Event]) -> Ready:
-=======
-    async def _load(self, engine: EngineLink, events: AsyncIterator[Event]) -> Ready:
         self._loading = engine
->>>>>>> ranks
         with LoadProgress(self._settings.engine.model_dir) as bar:
             async for event in events:
                 if isinstance(event, Progress):
@@ -205,7 +198,7 @@ class Worker:
     async def _watch_stopped(self, engine: EngineLink) -> None:
         """A rank that is stopped stops all others, and its group is broken for its silence: it is ended, so that a new one can form."""
         stopped = StoppedFor()
-        while self._settings.engine.ranks.tp > 1:
+        while True:
             await asyncio.sleep(RETRY_S)
             if stopped.seconds(engine.process.pid) > SILENCE_S:
                 engine.process.kill()
