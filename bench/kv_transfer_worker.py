@@ -28,6 +28,7 @@ from workers.transfer.nccl_wire import NcclWire
 
 ROUNDS = 12
 MIN_S = 0.3
+DEVICE_CALLS, HEAD_START_CYCLES = 8, 20_000_000   # 10 ms
 LATENT = HeadRun(0, 0, 1)
 BATCH, CONTEXT, STEPS = 64, 1024, 80     # of the decode that transfers run beside
 BUSY_TOKENS = 4096                       # of each handle that moves meanwhile
@@ -73,8 +74,22 @@ def timed_s(call: Callable[[], object]) -> float:
     return median(times[2:])
 
 
-def plain_copy_s(num_bytes: int, device: torch.device, source: torch.device) -> float:
-    """What a copy of as many contiguous bytes takes: nothing that gathers pages can be faster."""
+def device_s(call: Callable[[], object], stream: torch.cuda.Stream) -> float:
+    """What one of several calls in a row takes on the device alone: the host is done before the first begins."""
+    with torch.cuda.stream(stream):
+        call()
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        started.record()
+        for _ in range(DEVICE_CALLS):
+            call()
+        ended.record()
+    ended.synchronize()
+    return float(started.elapsed_time(ended)) / DEVICE_CALLS / 1e3
+
+
+def plain_copy_s(num_bytes: int, device: torch.device, source: torch.device) -> tuple[float, float]:
+    """What a copy of as many contiguous bytes takes, by the clock and on the device: nothing that gathers pages can be faster."""
     src, dst = (torch.empty(num_bytes, dtype=torch.uint8, device=where) for where in (source, device))
     src.fill_(1)
 
@@ -83,7 +98,10 @@ def plain_copy_s(num_bytes: int, device: torch.device, source: torch.device) -> 
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    return timed_s(copy)
+    seconds = timed_s(copy)
+    if device.type == "cpu":
+        return seconds, seconds
+    return seconds, device_s(lambda: dst.copy_(src, non_blocking=True), torch.cuda.Stream(device))
 
 
 class Pair:
@@ -132,19 +150,27 @@ def measure_pair(arguments: argparse.Namespace) -> None:
                 traceback.print_exc()
 
 
-def measure_link(pair: Pair, family: str, open_link: Callable[[], Link], plain: dict[int, float], twin: KVCache) -> None:
+def measure_link(pair: Pair, family: str, open_link: Callable[[], Link], plain: dict[int, tuple[float, float]], twin: KVCache) -> None:
     started_at = time.perf_counter()
     link = open_link()
     try:
         link.copy(pair.move(min(plain)))
         opened_s = time.perf_counter() - started_at
         name = family if isinstance(link, MappedLink) else wire_name(link)
-        for tokens, plain_s in plain.items():
+        for tokens, (plain_s, plain_device_s) in plain.items():
             move = pair.move(tokens)
             seconds = timed_s(lambda move=move: link.copy(move))  # type: ignore[misc]
             num_bytes = tokens * pair.pool.bytes_per_token
+            on_device = {}
+            if isinstance(link, MappedLink) and pair.stream is not None:
+                source = KVCache.attach(pair.rank.address, pair.num_pages, pair.pool.layout(""))
+                moving_s = device_s(lambda move=move, source=source: pair.pool.copy_pages_from(  # type: ignore[misc]
+                    source, move.src_pages, move.dst_pages, move.num_tokens), pair.stream)
+                on_device = {"device_ms": moving_s * 1e3, "device_gb_s": num_bytes / moving_s / 1e9,
+                             "device_plain_gb_s": num_bytes / plain_device_s / 1e9, "device_share": plain_device_s / moving_s}
             say("transfer", way=name, tokens=tokens, bytes=num_bytes, ms=seconds * 1e3, gb_s=num_bytes / seconds / 1e9,
-                plain_gb_s=num_bytes / plain_s / 1e9, share=plain_s / seconds, right=pair.is_right(move, twin), opened_ms=opened_s * 1e3)
+                plain_gb_s=num_bytes / plain_s / 1e9, share=plain_s / seconds, right=pair.is_right(move, twin),
+                opened_ms=opened_s * 1e3, **on_device)
     finally:
         link.close()
 

@@ -49,8 +49,8 @@ SIOCGIFADDR = 0x8915
 def sizes_of(ranks: RankSettings) -> ParallelSizes:
     return ParallelSizes(tp=ranks.tp, dp=ranks.dp, moe_mode=ranks.moe_mode, exchange=ranks.ep_exchange,
                          redundant_experts=ranks.ep_redundant_experts, rebalance_steps=ranks.ep_rebalance_steps,
-                         prefill_overlap=ranks.prefill_overlap, decode_overlap=ranks.decode_overlap,
-                         one_shot_bytes=ranks.one_shot_all_reduce_bytes)
+                         one_shot_bytes=ranks.one_shot_all_reduce_bytes,
+                         prefill_overlap=ranks.prefill_overlap, decode_overlap=ranks.decode_overlap)
 
 
 def checked(settings: EngineSettings, config: ModelConfig) -> ParallelSizes:
@@ -237,8 +237,7 @@ def _facts(settings: EngineSettings, engine: EngineSizes) -> dict[str, str]:
             "--chunked_prefill_size": str(engine.chunk_size), "--graph_max_batch_size": str(settings.graph_max_batch_size),
             "--disable_cudagraph": str(not settings.use_cuda_graphs), "--dp": str(ranks.dp), "MOE_MODE": ranks.moe_mode,
             "--ep_exchange": ranks.ep_exchange, "--ep_redundant_experts": str(ranks.ep_redundant_experts),
-            "--ep_rebalance_steps": str(ranks.ep_rebalance_steps),
-            "--one_shot_all_reduce_bytes": str(ranks.one_shot_all_reduce_bytes),
+            "--ep_rebalance_steps": str(ranks.ep_rebalance_steps), "--one_shot_all_reduce_bytes": str(ranks.one_shot_all_reduce_bytes),
             "--enable_prefill_microbatch_overlap": str(ranks.prefill_overlap),
             "--enable_decode_microbatch_overlap": str(ranks.decode_overlap)}
 

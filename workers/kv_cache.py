@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -171,7 +172,7 @@ class KVCache:
 
     def check_pages(self, pages: Sequence[int]) -> None:
         """Raises ValueError if one of them does not exist."""
-        if any(not 0 <= page < self.num_pages for page in pages):
+        if len(pages) and not 0 <= min(pages) <= max(pages) < self.num_pages:
             raise ValueError(f"a page outside of the pool of {self.num_pages}")
 
     def columns(self, first_head: int, num_heads: int | None) -> slice:
@@ -188,17 +189,18 @@ class KVCache:
         from kernels.page_copy import gather_pages
 
         size, count = self.page_size, len(src_pages)
-        pages = torch.tensor([src_pages, dst_pages], dtype=torch.int32, pin_memory=True).to(self.device, non_blocking=True)
+        pages = _on_device([src_pages, dst_pages], self.device)
         packed = torch.empty(self._flat.shape[0], count * size, other._flat.shape[2], dtype=self._flat.dtype, device=self.device)
         gather_pages(other._flat, pages[0], size, packed)
         by_page = self._flat.unflatten(1, (-1, size))[..., dst_columns]
         by_page.index_copy_(1, pages[1].long(), packed.unflatten(1, (count, size))[..., src_columns])
 
     def _launch_copy(self, other: "KVCache", src_pages: Sequence[int], dst_pages: Sequence[int]) -> None:
-        from kernels.page_copy import copy_pages  # Triton, which only a GPU needs
+        from kernels.page_copy import FROM_A_PEER, copy_pages  # Triton, which only a GPU needs
 
-        pages = torch.tensor([src_pages, dst_pages], dtype=torch.int32, pin_memory=True).to(self.device, non_blocking=True)
-        copy_pages(other._flat, self._flat, pages[0], pages[1], self.page_size)
+        pages = _on_device([src_pages, dst_pages], self.device)
+        copy_pages(other._flat, self._flat, pages[0], pages[1], self.page_size,
+                   config=FROM_A_PEER if other.device != self.device else None)
 
 
 def bytes_per_page(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
@@ -221,6 +223,11 @@ def _flat_shape(layout: KVLayout, num_pages: int) -> tuple[int, int, int]:
     planes = 1 if layout.kind == "mla" else 2
     elements = layout.row // planes // layout.num_kv_heads * len(heads_of(layout.num_kv_heads, layout.tp_size, 0))
     return layout.num_layers * planes, num_pages * layout.page_size, elements
+
+
+def _on_device(pages: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Lists of pages, by numpy: it reads lists several times faster than torch."""
+    return torch.from_numpy(np.asarray(pages, dtype=np.int32)).pin_memory().to(device, non_blocking=True)
 
 
 def _torch_dtype(layout: KVLayout) -> torch.dtype:

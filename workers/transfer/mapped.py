@@ -25,9 +25,9 @@ class MappedLink:
         self._stream = stream
 
     def copy(self, move: Move) -> None:
-        # Attached anew each time: a path in /proc names a process id and a descriptor, and both may mean another pool a moment later.
-        source = KVCache.attach(self._address, self._num_pages, self._layout)
-        with torch.cuda.stream(self._stream):  # of None: the current one
+        with torch.cuda.stream(self._stream):  # and its GPU, which is the one that maps; of None: the current one
+            # Attached anew each time: a path in /proc names a process id and a descriptor, and both may mean another pool a moment later.
+            source = KVCache.attach(self._address, self._num_pages, self._layout)
             self._pool.copy_pages_from(source, move.src_pages, move.dst_pages, move.num_tokens, move.heads)
             if self._stream is not None:
                 done = torch.cuda.Event(blocking=True)  # whoever waits for it sleeps: the cores belong to the step

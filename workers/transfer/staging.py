@@ -2,18 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from workers.kv_cache import KVCache
 
-CHUNK_BYTES = 16 << 20
+CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 16 << 20, 64 << 20
 
 
 def pages_per_chunk(pool: KVCache, num_heads: int) -> int:
     """Both sides of a transfer cut its pages into chunks of so many."""
-    planes = pool.flat.shape[0]
-    return max(1, CHUNK_BYTES // (planes * pool.page_size * num_heads * pool.head_width * pool.flat.itemsize))
+    planes, chunk_bytes = pool.flat.shape[0], GPU_CHUNK_BYTES if pool.flat.is_cuda else CPU_CHUNK_BYTES
+    return max(1, chunk_bytes // (planes * pool.page_size * num_heads * pool.head_width * pool.flat.itemsize))
 
 
 def chunks(pages: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -60,4 +61,4 @@ def warm_up(pool: KVCache) -> None:
 def _device_pages(pool: KVCache, pages: Sequence[int]) -> Tensor:
     if not pool.flat.is_cuda:
         return torch.tensor(pages, dtype=torch.int64)
-    return torch.tensor(pages, dtype=torch.int32, pin_memory=True).to(pool.device, non_blocking=True)
+    return torch.from_numpy(np.asarray(pages, dtype=np.int32)).pin_memory().to(pool.device, non_blocking=True)
