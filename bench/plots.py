@@ -19,7 +19,7 @@ class Bar:
 
 def draw_bars(path: Path, title: str, bars: Sequence[Bar]) -> bool:
     """Shares of the roofline, one bar each. False if matplotlib is missing or there is nothing to draw."""
-    if not bars or (figure := _figure(11, 1.4 + 0.27 * len(bars))) is None:
+    if not bars or (figure := figure_of(11, 1.4 + 0.27 * len(bars))) is None:
         return False
     axes = figure.subplots()
     drawn = list(reversed(bars))
@@ -38,7 +38,7 @@ def draw_bars(path: Path, title: str, bars: Sequence[Bar]) -> bool:
 
 def draw_lines(path: Path, title: str, panels: Mapping[str, Mapping[str, Mapping[float, float]]], x_name: str) -> bool:
     """One panel for each title: its lines by name, each x -> y. Both axes logarithmic. False if nothing could be drawn."""
-    if not panels or (figure := _figure(5.5 * len(panels), 4.4)) is None:
+    if not panels or (figure := figure_of(5.5 * len(panels), 4.4)) is None:
         return False
     for axes, (name, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for label, points in lines.items():
@@ -55,7 +55,7 @@ def draw_lines(path: Path, title: str, panels: Mapping[str, Mapping[str, Mapping
     return True
 
 
-def _figure(width: float, height: float):  # type: ignore[no-untyped-def]
+def figure_of(width: float, height: float):  # type: ignore[no-untyped-def]
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

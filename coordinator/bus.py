@@ -4,6 +4,7 @@ What is stored where, and with which settings, is in subjects.py and provisionin
 messages are taken is in pull.py. Every method that talks to the broker raises Unavailable when it cannot be reached in time.
 """
 
+import contextlib
 import hashlib
 import logging
 import uuid
@@ -47,6 +48,14 @@ class Counters(TypedDict):
     handoff_pending: int
     handoff_ack_pending: int
     dlq: int
+
+
+class LaneState(TypedDict):
+    """`pending` were never delivered; of `ack_pending` some are at work and some wait to be delivered again."""
+
+    pending: int
+    ack_pending: int
+    num_delivered: int      # ever, repeats too
 
 
 class Bus(JetStream):
@@ -109,12 +118,13 @@ class Bus(JetStream):
 
     async def counters(self, model: str) -> Counters:
         pending, ack_pending = dict.fromkeys(CLASSES, 0), dict.fromkeys(CLASSES, 0)
-        for klass in CLASSES:
-            for lane in subjects.job_lanes():
-                info = await self._consumer_info(subjects.JOBS, subjects.jobs_consumer(model, klass, lane))
+        for info in await self._consumer_infos(subjects.JOBS):
+            owner, klass = subjects.jobs_parts(info["config"].get("filter_subject", ""))[:2]
+            if owner == model and klass in CLASSES:
                 pending[klass] += int(info["num_pending"])
                 ack_pending[klass] += int(info["num_ack_pending"])
-        handoff = [await self._consumer_info(subjects.HANDOFF, subjects.handoff_consumer(model, lane)) for lane in subjects.handoff_lanes()]
+        handoff = [info for info in await self._consumer_infos(subjects.HANDOFF)
+                   if info["config"].get("filter_subject", "").startswith(f"handoff.{model}.")]
         jobs_depth = await self._depths(subjects.JOBS, f"jobs.{model}.>")
         handoff_depth = await self._depths(subjects.HANDOFF, f"handoff.{model}.>")
         dlq_depth = await self._depths(subjects.DLQ, subjects.dead_letter(model))
@@ -127,6 +137,49 @@ class Bus(JetStream):
             "handoff_ack_pending": sum(int(info["num_ack_pending"]) for info in handoff),
             "dlq": sum(dlq_depth.values()),
         }
+
+    # --- lanes that not every worker serves ---------------------------------------------------------------------------------
+
+    async def ensure_lane(self, model: str, lane: str) -> None:
+        """Make the consumers of a worker's own lane, or of `local`, unless they are there. Raises ConfigError, Unavailable."""
+        await provisioning.ensure_lane(self, model, lane)
+
+    async def ensure_handoff_lane(self, model: str, lane: str) -> None:
+        """Make the consumer of one host's lane unless it is there. Raises ConfigError, Unavailable."""
+        await provisioning.ensure_handoff_lane(self, model, lane)
+
+    async def host_lanes(self) -> list[tuple[str, str]]:
+        """(model, lane) of HANDOFF's lanes of single hosts in which handles stand."""
+        parts = (subject.split(".") for subject in await self._depths(subjects.HANDOFF, "handoff.>"))
+        return sorted((part[1], part[2]) for part in parts if len(part) == 3 and part[2].startswith(subjects.HOST_LANE))
+
+    async def delete_handoff(self, seq: int) -> None:
+        """A handle that is void. One that is gone already is fine."""
+        with contextlib.suppress(ApiError):
+            await self.retry(lambda attempt_s: self.api(f"STREAM.MSG.DELETE.{subjects.HANDOFF}", {"seq": seq}, attempt_s),
+                             READ_DEADLINE_S, f"deletion of handle {seq}")
+
+    async def purge_handoff_lane(self, model: str, lane: str) -> None:
+        subject = subjects.handoff(model, lane)
+        await self.retry(lambda attempt_s: self.api(f"STREAM.PURGE.{subjects.HANDOFF}", {"filter": subject}, attempt_s),
+                         READ_DEADLINE_S, f"purge of {subject}")
+
+    async def private_lanes(self) -> list[tuple[str, str]]:
+        """(model, lane) of those in which jobs stand, waiting or being worked on."""
+        found = {(model, lane) for model, _, lane in map(subjects.jobs_parts, await self._depths(subjects.JOBS, "jobs.>"))
+                 if lane == subjects.LOCAL_LANE or lane.startswith(subjects.WORKER_LANE)}
+        return sorted(found)
+
+    async def lane_state(self, model: str, lane: str) -> LaneState:
+        """All classes together."""
+        infos = [await self._consumer_info(subjects.JOBS, subjects.jobs_consumer(model, klass, lane)) for klass in CLASSES]
+        return {"pending": sum(int(info["num_pending"]) for info in infos),
+                "ack_pending": sum(int(info["num_ack_pending"]) for info in infos),
+                "num_delivered": sum(int(info["delivered"]["consumer_seq"]) for info in infos)}
+
+    async def call_for_relief(self, model: str, lane: str, hops: int = 0) -> None:
+        """Ask one worker of the model to take what waits in this lane. Heard by nobody if nobody is there."""
+        await self.publish(subjects.relief(model), encode_map({"lane": lane, "hops": hops}))
 
     # --- chains -------------------------------------------------------------------------------------------------------------
 
@@ -237,6 +290,16 @@ class Bus(JetStream):
     async def _consumer_info(self, stream: str, consumer: str) -> dict[str, Any]:
         return await self.retry(lambda attempt_s: self.api(f"CONSUMER.INFO.{stream}.{consumer}", timeout_s=attempt_s),
                                 READ_DEADLINE_S, f"state of consumer {consumer}")
+
+    async def _consumer_infos(self, stream: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        while True:
+            query = {"offset": len(found)}
+            page = await self.retry(lambda attempt_s, q=query: self.api(f"CONSUMER.LIST.{stream}", q, attempt_s),  # type: ignore[misc]
+                                    READ_DEADLINE_S, f"consumers of stream {stream}")
+            found += page.get("consumers") or []
+            if not page.get("consumers") or len(found) >= page.get("total", 0):
+                return found
 
     async def _depths(self, stream: str, subject_filter: str) -> dict[str, int]:
         """Messages per subject."""

@@ -24,6 +24,7 @@ OUT_MAX_BYTES = 2 * 1024**3         # oldest frames go first: must hold the outp
 DLQ_MAX_MSGS = 100_000
 MAX_WAITING_PULLS = 4096            # open pulls per consumer, all workers together
 PROVISION_DEADLINE_S = 15.0
+LANE_INACTIVE_S = 3600.0            # lanes of workers that are gone leave nothing behind; the watcher makes them anew if jobs stand there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class ConsumerSettings:
     stream: str
     name: str
     filter_subject: str
+    inactive_s: float = 0.0     # the server drops it after so long without a pull; 0: never
 
 
 def streams(max_queued: int | None) -> list[StreamSettings]:
@@ -67,6 +69,28 @@ def consumers(model: str) -> list[ConsumerSettings]:
     handoff = [ConsumerSettings(stream=subjects.HANDOFF, name=subjects.handoff_consumer(model, lane),
                                 filter_subject=subjects.handoff(model, lane)) for lane in subjects.handoff_lanes()]
     return [*jobs, *handoff]
+
+
+def lane_consumers(model: str, lane: str) -> list[ConsumerSettings]:
+    """The consumers of a lane that not every worker serves."""
+    return [ConsumerSettings(stream=subjects.JOBS, name=subjects.jobs_consumer(model, klass, lane),
+                             filter_subject=subjects.jobs(model, klass, lane), inactive_s=LANE_INACTIVE_S) for klass in CLASSES]
+
+
+async def ensure_lane(connection: JetStream, model: str, lane: str) -> None:
+    """Consumers of a worker's own lane, or of `local`. Raises ConfigError, InvalidField, Unavailable."""
+    check_id("lane", lane)
+    for consumer in lane_consumers(model, lane):
+        await connection.retry(lambda attempt_s, c=consumer: _ensure_consumer(connection, c, attempt_s),  # type: ignore[misc]
+                               PROVISION_DEADLINE_S, f"provisioning of consumer {consumer.name}")
+
+
+async def ensure_handoff_lane(connection: JetStream, model: str, lane: str) -> None:
+    """The consumer of one host's lane. Raises ConfigError, InvalidField, Unavailable."""
+    consumer = ConsumerSettings(stream=subjects.HANDOFF, name=subjects.handoff_consumer(model, check_id("lane", lane)),
+                                filter_subject=subjects.handoff(model, lane), inactive_s=LANE_INACTIVE_S)
+    await connection.retry(lambda attempt_s: _ensure_consumer(connection, consumer, attempt_s), PROVISION_DEADLINE_S,
+                           f"provisioning of consumer {consumer.name}")
 
 
 async def provision(connection: JetStream, model: str, max_queued: int | None) -> bool:
@@ -125,7 +149,7 @@ async def _ensure_consumer(connection: JetStream, settings: ConsumerSettings, at
     where = f"{settings.stream}.{settings.name}"
     required = {"durable_name": settings.name, "name": settings.name, "filter_subject": settings.filter_subject,
                 "ack_policy": "explicit", "ack_wait": _nanos(subjects.ACK_WAIT_S), "max_ack_pending": subjects.MAX_ACK_PENDING,
-                "max_deliver": -1}
+                "max_deliver": -1, **({"inactive_threshold": _nanos(settings.inactive_s)} if settings.inactive_s else {})}
     try:
         existing = (await connection.api(f"CONSUMER.INFO.{where}", timeout_s=attempt_s))["config"]
     except ApiError as error:

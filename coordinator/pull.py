@@ -135,9 +135,11 @@ class Puller:
         self._tokens = count(1)
         self._pulls: dict[str, Pull] = {}
         self._wanted: defaultdict[str, int] = defaultdict(int)
+        self._pulls_of: defaultdict[str, dict[str, Pull]] = defaultdict(dict)   # the same by consumer, oldest first
+        self._short: set[str] = set()        # consumers that may have fewer open pulls than wanted
         self._missing: set[str] = set()
         self._resting: set[str] = set()      # consumers whose last pull failed a moment ago
-        self._is_short = asyncio.Event()     # some consumer has fewer open pulls than wanted
+        self._is_short = asyncio.Event()     # `_short` has some
         self._keeper: asyncio.Task[None] | None = None
         self._remove_hooks: Callable[[], None] = lambda: None
         self._is_closed = False
@@ -162,7 +164,7 @@ class Puller:
 
     def num_open(self, consumer: str) -> int:
         """How many messages the open pulls of this consumer may still bring."""
-        return sum(pull.num_left for pull in self._pulls.values() if pull.consumer == consumer)
+        return sum(pull.num_left for pull in self._pulls_of[consumer].values())
 
     async def pull(self, consumer: str, batch: int, expires_s: float, no_wait: bool = False) -> Pull:
         """One pull: up to `batch` messages until `expires_s`; with no_wait only what is there now. Sent again after a reconnect."""
@@ -175,7 +177,8 @@ class Puller:
     def want(self, consumer: str, num_messages: int) -> None:
         """Be ready for this many messages from now on. Lowering it takes effect when the open pulls expire."""
         self._wanted[consumer] = num_messages
-        self._is_short.set()
+        if num_messages:
+            self._look_at(consumer)
 
     async def close(self) -> None:
         if self._is_closed:
@@ -212,7 +215,7 @@ class Puller:
             self._end(pull, "expired")
             return
         pull.token = str(next(self._tokens))
-        self._pulls[pull.token] = pull
+        self._pulls[pull.token] = self._pulls_of[pull.consumer][pull.token] = pull
         pull.overdue = self._loop.call_later(expires_s + OVERDUE_S, self._end, pull, "overdue")
         if not self._connection.is_connected:
             return   # sent when the connection is back
@@ -236,7 +239,7 @@ class Puller:
         self._missing.discard(info.consumer)
         self._wanted[info.consumer] = max(0, self._wanted[info.consumer] - 1)
         # The server serves the pulls of one consumer in the order in which they came.
-        pull = next((pull for pull in self._pulls.values() if pull.consumer == info.consumer), None)
+        pull = next(iter(self._pulls_of[info.consumer].values()), None)
         if pull is not None:
             pull.num_left -= 1
             if pull.num_left == 0:
@@ -264,15 +267,21 @@ class Puller:
         if pull.overdue is not None:
             pull.overdue.cancel()
         self._pulls.pop(pull.token, None)
+        self._pulls_of[pull.consumer].pop(pull.token, None)
         if not pull.ended.done():
             pull.ended.set_result(reason)
         if reason not in ("filled", "expired", "empty", "overdue"):
             self._resting.add(pull.consumer)
             self._loop.call_later(RENEW_PAUSE_S, self._rested, pull.consumer)
-        self._is_short.set()
+        if self._wanted[pull.consumer]:
+            self._look_at(pull.consumer)
 
     def _rested(self, consumer: str) -> None:
         self._resting.discard(consumer)
+        self._look_at(consumer)
+
+    def _look_at(self, consumer: str) -> None:
+        self._short.add(consumer)
         self._is_short.set()
 
     async def _keep_open(self) -> None:
@@ -280,8 +289,9 @@ class Puller:
         while True:
             await self._is_short.wait()
             self._is_short.clear()
-            for consumer, num_wanted in list(self._wanted.items()):
-                num_short = num_wanted - self.num_open(consumer)
+            short, self._short = self._short, set()
+            for consumer in short:
+                num_short = self._wanted[consumer] - self.num_open(consumer)
                 if num_short > 0 and consumer not in self._resting:
                     try:
                         await self.pull(consumer, num_short, STANDING_EXPIRES_S)
@@ -298,6 +308,7 @@ class Puller:
         await self._listen()
         pulls = list(self._pulls.values())
         self._pulls.clear()
+        self._pulls_of.clear()
         for pull in pulls:
             if pull.overdue is not None:
                 pull.overdue.cancel()

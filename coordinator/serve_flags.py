@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from coordinator import group_plan, serve_doors, serve_ranks
+from coordinator import group_plan, serve_doors, serve_ranks, tls
 from coordinator.cluster_token import ENV, LEAST_CHARS, is_loopback
 from coordinator.errors import ConfigError
 
@@ -38,7 +38,7 @@ def parse(argv: list[str], environment: Mapping[str, str] = os.environ) -> argpa
     flags.api_key = environment.get("TOKENMILL_API_KEY", "")
     flags.nats_url = flags.nats_url or environment.get("TOKENMILL_NATS_URL", "")
     flags.redis_url = flags.redis_url or environment.get("TOKENMILL_REDIS_URL", "")
-    flags.tls_ca = flags.tls_ca or environment.get("TOKENMILL_TLS_CA", "")
+    flags.tls_ca = flags.tls_ca or environment.get(tls.ENV, "")
     flags.cluster_token = _cluster_token(flags, environment)
     if flags.run_mode == "config_server":
         flags.config_server_host = flags.config_server_host or flags.host
@@ -64,12 +64,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--nats_url", default="", help="use this NATS instead of an embedded one")
     add("--redis_url", default="", help="use this Redis or Valkey instead of an embedded one")
     add("--nats_port", type=int, default=0, help="port of the embedded NATS; 0 picks a free one")
+    add("--nats_monitor_port", type=int, default=0, help="config_server, pd_master: also open NATS' monitoring port, for KEDA and "
+        "dashboards (it shows names and counts to everybody; default: closed)")
     add("--redis_port", type=int, default=0, help="port of the embedded Valkey; 0 picks a free one")
     add("--insecure", action="store_true", help="allow a bind address that is not loopback, without keys or TLS")
     add("--api_keys_file", default="", help="REST wants a key of this file (tokenmill keys create); needed unless --host is loopback")
     add("--cors_origins", default="", help="origins whose web pages may ask here, separated by commas, or * (default: none)")
 
     add = parser.add_argument_group("engine").add_argument
+    add("--engine", choices=["model", "mock"], default="model",
+        help="mock: no model and no weights, made-up tokens in the time that --mock_costs say; for tests and simulations of farms")
+    add("--mock_costs", default="", help="of the mock engine: prefill=TOKENS_PER_S,step_ms=…,seq_ms=…,copy_ms=… (default: 20000, 8, 0.05, "
+        "0.02)")
     add("--device", default="auto", help="where the math runs: cpu, cuda, cuda:N, or auto: a GPU if there is one (default: %(default)s)")
     add("--data_type", default="auto", choices=["auto", "float32", "fp32", "bfloat16", "bf16", "float16", "fp16"],
         help="of weights and KV cache (default: float32 on CPU, the checkpoint's own on GPU)")
@@ -85,6 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--disable_dynamic_prompt_cache", action="store_true", help="no prefix cache")
     add("--graph_max_batch_size", type=int, default=256, help="sequences up to which a decode step is a CUDA graph (default: %(default)s)")
     add("--disable_cudagraph", action="store_true", help="decode without CUDA graphs (there are none on CPU)")
+    add("--prefix_affinity", choices=["on", "off"], default="off",
+        help="on, given to every process of the farm: prompts go to workers that have their beginning cached, where that pays "
+             "(default: %(default)s)")
+    add("--handoff_same_host", choices=["on", "off"], default="on",
+        help="prefill hands over to decode workers of its own host first, where there are others too (default: %(default)s)")
+    add("--disagg_min_tokens", type=int, default=0,
+        help="prefill and decode apart: prompts with fewer tokens to compute are prefilled by decode workers (default: none)")
     add("--tp", type=int, default=1, help="ranks over all nodes, one process and one GPU each (default: %(default)s)")
     add("--dp", type=int, default=1, help="groups among them that take jobs and hold KV each for itself (default: %(default)s)")
     add("--enable_fa3", action="store_true", help="attention by the package flash_attn_interface on a Hopper GPU (not in this version: its "
@@ -96,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--ep_exchange", default="auto", help="MOE_MODE=EP, how tokens travel: exact, padded, deepep or auto (default: %(default)s)")
     add("--ep_redundant_experts", type=int, default=0, help="MOE_MODE=EP: slots per rank for copies of experts in demand (default: 0)")
     add("--ep_rebalance_steps", type=int, default=0, help="MOE_MODE=EP: steps after which experts move by load; 0: never (default: 0)")
+    add("--one_shot_all_reduce_bytes", type=int, default=0,
+        help="GPUs that reach each other's memory: sums of up to so many bytes in one kernel of ours; 0: all by NCCL (default: 0)")
     add("--mtp_mode", default=None, help="not in this version")
     add("--mtp_step", type=int, default=0, help="not in this version")
 
@@ -110,12 +125,18 @@ def _parser() -> argparse.ArgumentParser:
         "towards NATS)")
     add("--nnodes", type=int, default=1, help="nodes that the ranks are spread over, in order (default: %(default)s)")
     add("--node_rank", type=int, default=0, help="which of them this is; node 0 has the REST port and the queue (default: %(default)s)")
-    add("--nccl_host", default="127.0.0.1", help="address of node 0, where ranks of all nodes meet (default: %(default)s)")
+    add("--nccl_host", default="", help="address of node 0, where ranks of all nodes meet (default: with --redis_url it is found through "
+        "Redis, else 127.0.0.1)")
     add("--nccl_port", type=int, default=0, help="port there (default: 28765; with one node any free one)")
     add("--config_server_host", default="", help="config_server: address to bind. Others: where config servers are, several separated by "
         "commas, each with a port of its own if it has one (a,b:60089)")
     add("--config_server_port", type=int, default=CONFIG_SERVER_PORT, help="(default: %(default)s)")
     add("--join", default="", help="config_server: take part in the queue of the config servers at these HOST:PORT, separated by commas")
+
+    add("--planner", choices=["off", "advise", "act"], default="off", help="config_server, or the only pd_master: watch queues and "
+        "latencies, and propose (advise) or order (act) that workers change their roles (default: %(default)s)")
+    add("--ttft_objective", type=float, default=2.0, help="planner: seconds to the first token, p90 (default: %(default)s)")
+    add("--tpot_objective", type=float, default=0.1, help="planner: seconds per token after it, p90 (default: %(default)s)")
 
     add = parser.add_argument_group("secrets and certificates").add_argument
     add("--cluster_token", default="", help="the secret that all processes of a farm share (better in the environment or in a file: what "
@@ -165,6 +186,14 @@ def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[st
     for name, is_given in refusals.items():
         if is_given:
             raise ConfigError(f"{name}: this version does not have it; nothing was started")
+    if flags.mock_costs and flags.engine != "mock":
+        raise ConfigError("--mock_costs says how long steps of --engine mock take: there is no mock engine here")
+    if flags.engine == "mock" and (flags.tp, flags.dp, flags.nnodes) != (1, 1, 1):
+        raise ConfigError("--engine mock has no ranks: leave out --tp, --dp and --nnodes")
+    if flags.disagg_min_tokens < 0:
+        raise ConfigError(f"--disagg_min_tokens {flags.disagg_min_tokens}: must be a number of tokens, 0 for none")
+    if flags.prefix_affinity == "on" and flags.disable_dynamic_prompt_cache:
+        raise ConfigError("--prefix_affinity on: there is no prefix cache with --disable_dynamic_prompt_cache")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", flags.device):
         raise ConfigError(f"--device {flags.device}: must be auto, cpu, cuda or cuda:N")
     if flags.engine_stall_s < 0:

@@ -20,6 +20,7 @@ from coordinator.kept_queue import KeptQueue
 from coordinator.queue_record import FILE, QueueRecord, QueueUrls, read_record
 
 PD_MASTER_PORTS = (1212, 60011, 8000)    # LightLLM's default, the guide's, ours: tried in turn when --pd_master_port is not given
+KEEPER_FLAGS = ("nats_port", "redis_port", "nats_monitor_port", "tls_cert", "tls_key")
 JOINED_FILE = "joined.json"
 
 
@@ -55,7 +56,7 @@ def find_queue(flags: argparse.Namespace, state_dir: Path, stack: contextlib.Exi
     if flags.run_mode == "pd_master":
         return _kept(flags, flags.host, state_dir, role, stack)
     if flags.nnodes > 1:
-        return _kept(flags, flags.nccl_host, state_dir, role, stack)
+        return _kept(flags, flags.nccl_host or "127.0.0.1", state_dir, role, stack)
     return _embedded(flags, state_dir, stack)
 
 
@@ -85,7 +86,7 @@ def _of_config_server(flags: argparse.Namespace, state_dir: Path, stack: context
 
 
 def _kept(flags: argparse.Namespace, host: str, state_dir: Path, role: str, stack: contextlib.ExitStack) -> FarmQueue:
-    kept = KeptQueue(state_dir, host, flags.nats_port, flags.redis_port, flags.cluster_token, (flags.tls_cert, flags.tls_key))
+    kept = KeptQueue(state_dir, host, flags.cluster_token, {name: getattr(flags, name) for name in KEEPER_FLAGS})
     kept.start()
     stack.callback(kept.stop)
     if kept.was_adopted:

@@ -5,6 +5,9 @@ import zlib
 JOBS, HANDOFF, OUT, RESULTS, DLQ, ROSTER = "JOBS", "HANDOFF", "OUT", "RESULTS", "DLQ", "ROSTER"
 ANY_LANE = "any"
 BACKGROUND_LANE = "background"   # handles of the last class: taken when no other waits
+LOCAL_LANE = "local"             # short prompts, prefilled by whichever decode worker has room
+HOST_LANE = "h-"                 # so begins a lane of HANDOFF for one host
+WORKER_LANE = "w-"               # a lane of one worker's own begins so
 NUM_TENANT_LANES = 8             # jobs of a tenant queue in one of these, and workers take from them in turn
 ACK_WAIT_S = 5.0                 # as long as a lease: so is a message back whose receiver died before it claimed
 MAX_ACK_PENDING = 1_000_000      # nats-server's default of 1,000 stalls silently
@@ -31,8 +34,29 @@ def job_lanes() -> list[str]:
     return [ANY_LANE, *(f"t{i}" for i in range(NUM_TENANT_LANES))]
 
 
+def host_lane(host: str) -> str:
+    """Handles for decode workers of one host."""
+    return f"{HOST_LANE}{model_token(host)}"
+
+
+def worker_lane(worker: str) -> str:
+    """Jobs for which this worker has something in its prefix cache."""
+    return f"{WORKER_LANE}{worker}"
+
+
+def relief(model: str) -> str:
+    """Calls for help: a lane whose worker does not get to its jobs. One worker of the queue group `relief` gets each call."""
+    return f"relief.{model}"
+
+
 def jobs(model: str, klass: str, lane: str = ANY_LANE) -> str:
     return f"jobs.{model}.{klass}.{lane}"
+
+
+def jobs_parts(subject: str) -> tuple[str, str, str]:
+    """(model, class, lane) of a job's subject; empty strings for any other."""
+    prefix, *parts = subject.split(".")
+    return (parts[0], parts[1], parts[2]) if prefix == "jobs" and len(parts) == 3 else ("", "", "")
 
 
 def jobs_consumer(model: str, klass: str, lane: str = ANY_LANE) -> str:
@@ -98,3 +122,8 @@ def ask(model: str) -> str:
 
 def kv(worker: str, incarnation: int) -> str:
     return f"kv.{worker}.{incarnation}"
+
+
+def control(worker: str) -> str:
+    """Orders to one worker, whatever its incarnation."""
+    return f"control.{worker}"

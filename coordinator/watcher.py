@@ -10,6 +10,8 @@ import time
 
 from coordinator.bus import Bus
 from coordinator.errors import Unavailable
+from coordinator.lane_watch import LaneWatch
+from coordinator.prefix_index import PrefixIndex
 from coordinator.store import Store, WorkerView, owner_name
 from coordinator.subjects import OUT_MAX_AGE_S
 from coordinator.tasks import end
@@ -19,6 +21,7 @@ log = logging.getLogger(__name__)
 PERIOD_S = 0.5
 LEADER_S = 3.0
 SWEEP_PERIOD_S = 60.0
+LANES_PERIOD_S = 2.0
 
 
 class Watcher:
@@ -29,6 +32,8 @@ class Watcher:
         self._store = store
         self._name = name
         self._next_sweep = 0.0
+        self._lanes = LaneWatch(bus)
+        self._next_lanes = 0.0
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -43,7 +48,8 @@ class Watcher:
             try:
                 if await self._store.lead("watcher", self._name, LEADER_S):
                     await self.look()
-                    await self._sweep_admissions()
+                    await self._look_at_lanes()
+                    await self._sweep()
             except Unavailable as error:
                 log.warning("watcher: %s", error)
             await asyncio.sleep(PERIOD_S)
@@ -56,13 +62,21 @@ class Watcher:
                 num_naks += await self._bury(view)
         return num_naks
 
-    async def _sweep_admissions(self) -> None:
+    async def _look_at_lanes(self) -> None:
+        now = time.monotonic()
+        if now >= self._next_lanes:
+            self._next_lanes = now + LANES_PERIOD_S
+            await self._lanes.look(await self._store.workers())
+
+    async def _sweep(self) -> None:
         now = time.monotonic()
         if now < self._next_sweep:
             return
         self._next_sweep = now + SWEEP_PERIOD_S
         for job_id in await self._store.stale_admissions(OUT_MAX_AGE_S):
             await self._store.discharge(job_id)
+        for model in {str(view.info.get("model", "")) for view in await self._store.workers()}:
+            await PrefixIndex(self._store, model).sweep()
 
     async def _bury(self, view: WorkerView) -> int:
         owner = owner_name(view.worker, view.incarnation)

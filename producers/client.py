@@ -27,11 +27,13 @@ from coordinator.messages import (
     decode_map,
     new_job_id,
 )
+from coordinator.routing import RoutingPolicy
 from coordinator.sampling import SamplingParams
 from coordinator.store import AdmissionLimits, Admitted, Store
 from producers.catch_up import CatchUp
 from producers.job_handle import JobHandle, JobResult, Timing, Token, as_result
 from producers.open_work import LimitsOf, OpenWork
+from producers.router import Router
 
 __all__ = ["JobHandle", "JobResult", "Token", "TokenmillClient"]
 
@@ -54,7 +56,7 @@ class TokenmillClient:
     """A producer. Make it with `connect`; it is an async context manager."""
 
     def __init__(self, bus: Bus, store: Store | None, *, model: str, origin: str, submit_timeout_s: float = SUBMIT_TIMEOUT_S,
-                 limits: AdmissionLimits | None = None, limits_of: LimitsOf | None = None) -> None:
+                 limits: AdmissionLimits | None = None, limits_of: LimitsOf | None = None, routing: RoutingPolicy | None = None) -> None:
         self.bus = bus
         self.submit_timeout_s = submit_timeout_s
         self.store = store
@@ -63,6 +65,7 @@ class TokenmillClient:
         self.observer: JobObserver | None = None
         self._yielded_s = 0.0
         self._open_work = OpenWork(store, limits or AdmissionLimits(), limits_of) if store is not None else None
+        self.router = Router(store, self.model, routing) if store is not None and routing is not None and routing.is_needed else None
         self._live: Subscription | None = None
         self._turn = asyncio.Lock()
         self._full_until: dict[str, float] = {}        # by subject: refused a moment ago
@@ -74,19 +77,20 @@ class TokenmillClient:
     async def connect(cls, nats_url: str, redis_url: str | None = None, *, model: str = "default_model_name", origin: str = "",
                       max_queued: int | None = None, connect_timeout_s: float = 10.0, submit_timeout_s: float = SUBMIT_TIMEOUT_S,
                       on_fatal: Callable[[Exception], None] | None = None, limits: AdmissionLimits | None = None,
-                      limits_of: LimitsOf | None = None) -> Self:
+                      limits_of: LimitsOf | None = None, routing: RoutingPolicy | None = None) -> Self:
         """Connect, make sure that the streams exist, and listen.
 
         Without Redis, cancelling reaches only jobs that are running, only their number bounds the queue (not their tokens), and jobs
         of other producers cannot be followed.
 
         `max_queued` bounds the jobs of a class for the whole farm (None: leave the bound that is there). `submit_timeout_s` is how
-        long a submit rides out a broker that is away. `on_fatal` is told if NATS closes the connection for good. Raises Unavailable.
+        long a submit rides out a broker that is away. `on_fatal` is told if NATS closes the connection for good. `routing` may send jobs
+        to workers that have their prompts cached (docs/routing.md); it needs Redis. Raises Unavailable.
         """
         origin = origin or f"producer-{uuid.uuid4().hex[:12]}"
         bus = await Bus.connect(nats_url, name=origin, on_fatal=on_fatal, timeout_s=connect_timeout_s)
         client = cls(bus, Store(redis_url) if redis_url else None, model=model, origin=origin, submit_timeout_s=submit_timeout_s,
-                     limits=limits, limits_of=limits_of)
+                     limits=limits, limits_of=limits_of, routing=routing)
         try:
             await client.start(max_queued=max_queued)
         except BaseException:
@@ -99,12 +103,16 @@ class TokenmillClient:
         is_new_farm = await self.bus.provision(self.model, max_queued=max_queued)
         if is_new_farm and self.store is not None:
             await self.store.found()
+        if self.router is not None:
+            await self.router.start()
         await self._listen()
 
     async def close(self) -> None:
         for peer in self._peers.values():
             await peer._stop_listening()
         await self._stop_listening()
+        if self.router is not None:
+            await self.router.close()
         if self._open_work is not None:
             await self._open_work.settle()
         await self.bus.close()
@@ -173,7 +181,7 @@ class TokenmillClient:
         handle = self._open[job.job_id] = JobHandle(self, job, self.catch_up.last_seq if job_id is None else 0)
         handle.timing = Timing(time.monotonic())
         try:
-            await self.bus.publish_job(job, deadline_s=self.submit_timeout_s)
+            await self._publish(job)
         except Unavailable:
             self.forget(handle)
             if job_id is None:  # it may have been stored all the same, and nobody can ask for it again
@@ -192,6 +200,15 @@ class TokenmillClient:
         if job_id is not None:
             self.catch_up.want(handle.job_id)
         return handle
+
+    async def _publish(self, job: Job) -> None:
+        """Into the lane that the router finds, if there is one and it has room; else where all jobs go."""
+        lane = await self.router.lane(job.prompt_ids) if self.router is not None and job.prompt_ids is not None else ""
+        if lane:
+            with contextlib.suppress(QueueFull):
+                await self.bus.publish_job(job, lane=lane, deadline_s=self.submit_timeout_s)
+                return
+        await self.bus.publish_job(job, deadline_s=self.submit_timeout_s)
 
     async def _submit_again(self, job: Job) -> JobHandle:
         """A job whose id was admitted before, by a producer that may have died before it published."""

@@ -3,7 +3,7 @@
 import argparse
 import os
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from coordinator.cluster_token import is_loopback
 from coordinator.messages import CLASSES, JobClass
@@ -33,10 +33,15 @@ class RestSettings:
     max_tenant_tokens: int = 0                 # open tokens of one tenant; 0: no bound
     resume_grace_s: float = 15.0               # a job with a client's own id goes on so long after its client has gone
     shutdown_grace_s: float = 10.0             # after SIGTERM, for answers that are being sent
+    prefix_affinity: str = "off"               # on: prompts go to workers that have their beginning cached, where that pays
+    disagg_min_tokens: int = 0                 # shorter prompts are prefilled by decode workers; 0: none
     files_dir: str = ""                        # where files and batches are kept; "": there are none
     batch_window: int = 512                    # lines of batches that one shim has open at once
     queue_record: str = ""                     # file with the queue's passwords by role, for /bootstrap; "": all get the URLs above
     cluster_token: str = ""                    # opens /bootstrap
+    planner: Literal["off", "advise", "act"] = "off"
+    ttft_objective: float = 2.0                # seconds, p90: what the planner plans for
+    tpot_objective: float = 0.1
     tls_cert: str = ""
     tls_key: str = ""
     access_log: bool = False
@@ -63,16 +68,23 @@ _HELP = {
     "job_class": "class of the jobs that come in here",
     "submit_timeout_s": "seconds that a request rides out a broker that is away, before 503",
     "shutdown_grace_s": "seconds that running answers get after SIGTERM",
+    "prefix_affinity": "on: prompts go to workers that have their beginning in their prefix cache, where that saves more than it costs",
+    "disagg_min_tokens": "prompts with fewer tokens to compute are prefilled by a decode worker; 0: none",
     "files_dir": "folder for uploaded files and batches, the same one for all shims; without it there are no batches",
     "batch_window": "lines of batches whose jobs this shim has open at once",
     "queue_record": "file that says where the queue is and has its passwords by role, for /bootstrap",
     "cluster_token": "secret that opens /bootstrap (better: TOKENMILL_CLUSTER_TOKEN)",
+    "planner": "propose (advise) or order (act) that workers change their roles",
+    "ttft_objective": "planner: seconds to the first token, p90",
+    "tpot_objective": "planner: seconds per token after it, p90",
     "tls_cert": "certificate: this door then speaks https",
     "tls_key": "its key",
     "access_log": "one line per request",
     "log_level": "debug, info, warning or error",
 }
-_CHOICES: dict[str, tuple[str, ...]] = {"job_class": CLASSES, "log_level": ("debug", "info", "warning", "error")}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "planner": ("off", "advise", "act"), "prefix_affinity": ("on", "off"), "job_class": CLASSES,
+    "log_level": ("debug", "info", "warning", "error")}
 _FROM_ENVIRONMENT = {"nats_url": "TOKENMILL_NATS_URL", "redis_url": "TOKENMILL_REDIS_URL", "cluster_token": "TOKENMILL_CLUSTER_TOKEN"}
 _REQUIRED = ("nats_url", "redis_url", "model_dir")
 

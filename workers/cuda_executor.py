@@ -17,7 +17,7 @@ from torch import Tensor
 from coordinator.errors import ConfigError
 from kernels.ops import Ops, Routed, Routing, ops_for
 from workers.batch import Agreed, ForwardBatch
-from workers.device_inputs import DeviceInputs, InputSizes, host_zeros, leading_decodes
+from workers.device_inputs import DeviceInputs, InputSizes, host_zeros
 from workers.device_sampler import DeviceSampler
 from workers.engine_sizes import EngineSizes
 from workers.expert_balancer import ExpertBalancer
@@ -201,14 +201,12 @@ class CudaExecutor:
             graph.replay()
             return logits
         parts = self._parts(batch, self._half(len(batch.token_ids)))
-        capacity = -(-self._sizes.capacity(batch.agreed) // len(parts))
+        capacity = -(-self._sizes.capacity(self._sizes.agreed(batch)) // len(parts))
         return self._run([inputs.eager(part, capacity) for inputs, part in zip(self._inputs, parts, strict=False)])
 
     def _graph_size(self, batch: ForwardBatch) -> int:
         """Rows of the graph for this step, the same on all ranks that step together; 0: it is none of decodes alone, or too large."""
-        agreed = batch.agreed
-        if not self._sizes.is_ep:
-            agreed = Agreed(len(batch.token_ids), leading_decodes(batch.query_lens) == len(batch.query_lens))
+        agreed = self._sizes.agreed(batch)
         if agreed is None or not agreed.is_decode:
             return 0
         return next((size for size in self._graph_sizes if size >= agreed.num_rows), 0)
@@ -218,8 +216,8 @@ class CudaExecutor:
 
     def _parts(self, batch: ForwardBatch, middle: int) -> tuple[ForwardBatch, ...]:
         """The batch, or its halves, `middle` rows in the first as far as they go."""
-        is_decode = batch.agreed is not None and batch.agreed.is_decode
-        return halves(batch, middle) if self._is_halved(is_decode=is_decode) else (batch,)
+        agreed = self._sizes.agreed(batch)
+        return halves(batch, middle) if self._is_halved(is_decode=agreed is not None and agreed.is_decode) else (batch,)
 
     def _part_sizes(self, size: int) -> tuple[int, ...]:
         """Rows of each part of a step in a graph of `size` rows."""

@@ -24,12 +24,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from coordinator.errors import ConfigError, InvalidField, LayoutMismatch, PagesExhausted
 from coordinator.messages import KVLayout, KVRank
+from coordinator.rendezvous import PEER_STATUS, VANISHED
 from workers import group as groups
+from workers.block_journal import BlockJournal
 from workers.channel import BlockingChannel
 from workers.cpu_threads import CpuThreads
 from workers.engine_messages import (
@@ -47,15 +49,17 @@ from workers.engine_messages import (
     Progress,
     Ready,
     ReleasePin,
+    SetRole,
     Shutdown,
     Stats,
+    TellBlocks,
     Tokens,
     decode_command,
     encode,
 )
 from workers.engine_sizes import EngineSizes, choose_sizes, resolve
 from workers.executor import EagerExecutor, Executor, Flight
-from workers.group import Group
+from workers.group import Group, GroupBroken
 from workers.guided import Grammars, GuideMaker
 from workers.kv_cache import KVCache, check_same_layout
 from workers.leader import GroupCopier, LeaderExecutor
@@ -100,8 +104,8 @@ class Engine:
     """A loaded model and its sequences. `run` returns after Shutdown."""
 
     def __init__(self, executor: Executor, scheduler: Scheduler, limits: Limits, layout: KVLayout, inbox: Inbox,
-                 send: Callable[[Event], None], *, grammars: Grammars | None = None, is_checked: bool = False,
-                 lockstep: Lockstep | None = None) -> None:
+                 send: Callable[[Event], None], *, grammars: Grammars | None = None, journal: BlockJournal | None = None,
+                 is_checked: bool = False, lockstep: Lockstep | None = None) -> None:
         """`grammars` None: guided sequences are refused. `lockstep`: steps that other dp groups take part in."""
         assert executor.depth == scheduler.settings.depth
         self._executor = executor
@@ -118,6 +122,7 @@ class Engine:
         if lockstep is not None:
             lockstep.on_wake = inbox.put
         self._guides = GuideMaker(grammars, lambda sequence, error: inbox.put(GuideDone(sequence, error))) if grammars else None
+        self._journal = journal
         self._unguided: dict[str, Sequence] = {}  # waiting for their guides; the scheduler does not have them yet
         self._last_stats: Stats | None = None
         self._stats_sent_at = 0.0
@@ -191,6 +196,14 @@ class Engine:
                 self._are_stats_due |= scheduler.cancel(command.job_id)
             case ReleasePin():
                 self._are_stats_due |= scheduler.release_pin(command.job_id)
+            case SetRole():
+                self._unguided.clear()
+                scheduler.set_role(command.role)
+                self._limits = replace(self._limits, prefill_only=command.role == "prefill")
+                self._are_stats_due = True
+            case TellBlocks():
+                if self._journal is not None:
+                    self._journal.want_all()
             case Ping():
                 self._send(Pong())
             case Wake() if self._lockstep is not None:
@@ -256,6 +269,8 @@ class Engine:
         stats = self._scheduler.stats()
         if self._are_stats_due or stats != self._last_stats:
             self._send(stats)
+        if self._journal is not None and (blocks := self._journal.take()) is not None:
+            self._send(blocks)
         self._stats_sent_at, self._are_stats_due, self._last_stats = now, False, stats
 
 
@@ -273,15 +288,17 @@ def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None], 
     if group is not None:
         executor, lockstep = group.lead(executor, sizes.page_size), group.lockstep()
     cache = executor.kv_cache
+    journal = BlockJournal() if settings.report_blocks else None
     scheduler = Scheduler(SchedulerSettings(
         role=settings.role,  # type: ignore[arg-type]
         num_pages=cache.num_pages, page_size=sizes.page_size, chunk_size=sizes.chunk_size, max_num_seqs=sizes.max_num_seqs,
         max_batch_tokens=sizes.chunk_size + sizes.max_num_seqs, eos_ids=frozenset(config.eos_ids), prefix_cache=settings.use_prefix_cache,
-        depth=executor.depth, background_tokens=sizes.background_tokens))
+        depth=executor.depth, background_tokens=sizes.background_tokens), journal)
     layout = cache.layout(settings.model_name)
     limits = Limits(vocab_size=config.vocab_size, max_seq_len=sizes.max_seq_len, prefill_only=settings.role == "prefill")
     grammars = Grammars(Path(settings.model_dir), config.vocab_size, sorted(config.eos_ids))
-    engine = Engine(executor, scheduler, limits, layout, inbox, send, grammars=grammars, is_checked=is_checked, lockstep=lockstep)
+    engine = Engine(executor, scheduler, limits, layout, inbox, send, grammars=grammars, journal=journal, is_checked=is_checked,
+                    lockstep=lockstep)
     engine.desk = open_desk(settings, cache)
     ways = ways_to_pool(settings, cache, engine.desk), *(executor.followers.ways if isinstance(executor, LeaderExecutor) else ())
     gc.collect()
@@ -307,13 +324,14 @@ def ways_to_pool(settings: EngineSettings, pool: KVCache, desk: Desk | None, *, 
 def load_executor(settings: EngineSettings, config: ModelConfig, sizes: EngineSizes, progress: Callable[[int, int], None],
                   group: Group | None) -> Executor:
     """For `resolve`d settings; `group`: this rank's share of the model."""
+    parallel = group.parallel if group is not None else Parallel.single()
     if settings.device != "cpu":
         from workers.cuda_executor import CudaExecutor  # Triton and its kernels: only where there is a GPU
 
-        return CudaExecutor.create(settings, config, sizes, progress)
+        return CudaExecutor.create(settings, config, sizes, progress, parallel)
     threads = CpuThreads(settings.num_threads, settings.ranks.num_local)
     runner = ModelRunner(Path(settings.model_dir), settings.device, sizes.dtype, sizes.num_pages, sizes.page_size, settings.load_workers,
-                         progress, group.parallel if group is not None else Parallel.single())
+                         progress, parallel)
     return EagerExecutor(runner, Sampler(sorted(eos for eos in config.eos_ids if eos < config.vocab_size)), settings.depth, threads)
 
 
@@ -366,8 +384,8 @@ def _serve(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None]
     with groups.joined(settings, config, sizes) as group:
         engine = load(settings, inbox, send, is_checked=is_checked, group=group, sizes=sizes)
         engine.run()
-        engine.close()
         group.stop_followers()
+        engine.close()
 
 
 def main() -> int:
@@ -385,6 +403,8 @@ def main() -> int:
     except ConfigError as error:
         log.error("%s", error)
         return 2
+    except GroupBroken:
+        return PEER_STATUS[VANISHED]
     except BrokenPipeError:
         return 0  # the I/O process is gone; the reader thread is about to find out too
     return 0

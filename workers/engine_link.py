@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import asdict
+from typing import Protocol
 
 from workers.channel import AsyncChannel
 from workers.engine_messages import Command, Event, Ping, Shutdown, decode_event, encode
@@ -18,6 +19,12 @@ log = logging.getLogger(__name__)
 
 SHUTDOWN_GRACE_S = 5.0
 PING_S = 1.0
+
+
+class EngineCommands(Protocol):
+    """What the jobs of a worker need of its engine."""
+
+    def send(self, command: Command) -> None: ...
 
 
 class EngineLink:

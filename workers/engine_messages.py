@@ -103,6 +103,18 @@ class ReleasePin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SetRole:
+    """Forget every sequence and go on under this role. What was computed stays in the prefix cache."""
+
+    role: Literal["prefill", "decode", "both"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TellBlocks:
+    """The next Blocks shall tell all that the prefix cache has. Without `report_blocks` there is none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ping:
     """Answered by Pong between two steps: an engine that answers is not stuck."""
 
@@ -197,6 +209,15 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """Pages that the prefix cache gained and lost since the last one, by their packed digests; `is_all`: all that it has."""
+
+    added: bytes
+    evicted: bytes
+    is_all: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pong:
     """The answer to Ping."""
 
@@ -217,18 +238,19 @@ class Stats:
     waiting: Count
     importing: Count
     free_tokens: Count
+    pending_tokens: Count = 0   # of prompts, not computed yet
 
 
-Command = AddSequence | ImportSequence | Activate | Cancel | ReleasePin | Ping | Shutdown
-Event = Progress | Ready | Tokens | Pinned | Imported | Failed | Pong | Stats
+Command = AddSequence | ImportSequence | Activate | Cancel | ReleasePin | SetRole | TellBlocks | Ping | Shutdown
+Event = Progress | Ready | Tokens | Pinned | Imported | Failed | Blocks | Pong | Stats
 
 COMMANDS: dict[str, type[Command]] = {
-    "add": AddSequence, "import": ImportSequence, "activate": Activate, "cancel": Cancel, "release_pin": ReleasePin, "ping": Ping,
-    "shutdown": Shutdown,
+    "add": AddSequence, "import": ImportSequence, "activate": Activate, "cancel": Cancel, "release_pin": ReleasePin,
+    "set_role": SetRole, "tell_blocks": TellBlocks, "ping": Ping, "shutdown": Shutdown,
 }
 EVENTS: dict[str, type[Event]] = {
-    "progress": Progress, "ready": Ready, "tokens": Tokens, "pinned": Pinned, "imported": Imported, "failed": Failed, "pong": Pong,
-    "stats": Stats,
+    "progress": Progress, "ready": Ready, "tokens": Tokens, "pinned": Pinned, "imported": Imported, "failed": Failed,
+    "blocks": Blocks, "pong": Pong, "stats": Stats,
 }
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from workers.expert_placement import Placement, moves, replace_experts
+from workers.expert_placement import Placement, busiest, moves, replace_experts
 from workers.model.spread_moe import SpreadMoe
 from workers.parallel import RankGroup
 
@@ -49,10 +49,13 @@ class ExpertBalancer:
         assert layer.load is not None
         load = self._ranks.all_reduce(layer.load).tolist()
         layer.load.zero_()
-        num_moved = self._move(layer, replace_experts(layer.placement, load, self._ranks.size))
+        before = layer.placement
+        num_moved = self._move(layer, replace_experts(before, load, self._ranks.size))
         self.num_moved += num_moved
         if num_moved:
-            log.info("%d slots have other experts now", num_moved)
+            share = self._ranks.size / sum(load)
+            was, now = (busiest(placement, load, self._ranks.size) * share for placement in (before, layer.placement))
+            log.info("%d expert slots changed: the busiest rank has %.2f times the average load, it had %.2f", num_moved, now, was)
 
     def _move(self, layer: SpreadMoe, placement: Placement) -> int:
         """Weights first, then the table. A slot that is overwritten may still be a source: arrivals wait beside until all are sent."""

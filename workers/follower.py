@@ -14,6 +14,7 @@ from pathlib import Path
 from coordinator import lifeline
 from coordinator.errors import ConfigError, TokenmillError
 from coordinator.messages import KVRank
+from coordinator.rendezvous import PEER_STATUS, VANISHED
 from coordinator.sampling import SamplingParams
 from workers import group as groups
 from workers.channel import BlockingChannel
@@ -91,7 +92,8 @@ def _run(argv: list[str] | None) -> int:
                                   address=way.address, desk=way.desk)))
         print(f"rank {settings.ranks.rank} follows its leader", file=sys.stderr, flush=True)
         follower = Follower(executor, channel, sizes.page_size, group.parallel.attn.rank, is_leader_here=group.is_leader_here)
-        is_stopped = follower.run()
+        if is_stopped := follower.run():
+            group.expect_end()
         follower.close()
         if desk is not None:
             desk.close()
@@ -103,6 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return _run(argv)
+    except groups.GroupBroken:
+        return PEER_STATUS[VANISHED]
     except TokenmillError as error:
         print(f"rank: {error}", file=sys.stderr)
         return CONFIG_STATUS if isinstance(error, ConfigError) else 1

@@ -6,9 +6,9 @@ from workers.batch import ForwardBatch
 def halves(batch: ForwardBatch, middle: int) -> tuple[ForwardBatch, ForwardBatch]:
     """The first `middle` tokens, and the others. In each layer the first half must store its keys and values before the second attends.
 
-    Every rank halves whatever it has, nothing included: all make the same calls. The halves' `agreed` is that of the whole.
+    Every rank halves whatever it has, nothing included: all make the same calls. What is agreed is known of the whole only.
     """
-    first, second = (ForwardBatch([], [], [], [], [], [], [], [], batch.agreed) for _ in range(2))
+    first, second = (ForwardBatch([], [], [], [], [], [], [], []) for _ in range(2))
     for half, rows in ((first, slice(0, middle)), (second, slice(middle, None))):
         half.token_ids, half.positions = batch.token_ids[rows], batch.positions[rows]
         half.slot_mapping = batch.slot_mapping[rows]  # empty where the device finds the slots itself

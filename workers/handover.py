@@ -36,8 +36,9 @@ from coordinator.store import LeaseLapsed, Store, owner_name
 from coordinator.tasks import end
 from coordinator.tokenizer import Tokenizer
 from workers.active_job import ActiveJob, Phase, open_job
-from workers.engine_link import EngineLink
+from workers.engine_link import EngineCommands
 from workers.engine_messages import Activate, Failed, Imported, ImportSequence, Pinned, PoolAddress, ReleasePin
+from workers.host_lane import HostLane
 from workers.jobs import Identity, Jobs
 from workers.transfer.reach import AUTO, ways_to
 
@@ -52,20 +53,23 @@ RETRY_DELAY_S = 0.5
 class Giver:
     """The prefill side."""
 
-    def __init__(self, me: Identity, pool: PoolAddress, bus: Bus, store: Store, engine: EngineLink, jobs: Jobs) -> None:
+    def __init__(self, me: Identity, pool: PoolAddress, bus: Bus, store: Store, engine: EngineCommands, jobs: Jobs) -> None:
         self._me = me
         self._pool = pool
         self._bus = bus
         self._store = store
         self._engine = engine
         self._jobs = jobs
+        self._host_lane = HostLane(bus, store, me.model, me.host)
         self._tasks: set[asyncio.Task[None]] = set()
         jobs.on_offerable = self.maybe_offer
         jobs.on_pinned = self.on_pinned
 
-    async def start(self) -> None:
+    async def start(self, *, prefers_host: bool = True) -> None:
         self._requests = await self._bus.subscribe(subjects.kv(self._me.worker, self._me.incarnation), self._on_request)
         self._spawn(self._reconcile_forever())
+        if prefers_host:
+            self._host_lane.start()
 
     def on_pinned(self, pinned: Pinned) -> None:
         active = self._jobs.by_key(pinned.job_id)
@@ -96,8 +100,7 @@ class Giver:
 
     async def _publish(self, active: ActiveJob) -> None:
         handle = self._handle(active).encode()
-        lane = subjects.BACKGROUND_LANE if active.is_background else subjects.ANY_LANE
-        await self._jobs.until_available(lambda: self._bus.publish_handoff(self._me.model, handle, lane=lane))
+        await self._jobs.until_available(lambda: self._host_lane.publish(active, handle))
 
     def _handle(self, active: ActiveJob) -> KVHandle:
         shown = active.shown
@@ -132,6 +135,7 @@ class Giver:
             await self._bus.publish(message.reply, encode_map({"ok": is_ok}))
 
     def _release(self, active: ActiveJob) -> None:
+        self._host_lane.forget(active)
         self._engine.send(ReleasePin(job_id=active.key))
         self._jobs.forget(active)
 
@@ -153,8 +157,9 @@ class Giver:
             return
         if record and record.get("owner") != self._me.owner:
             self._release(active)
-        elif now - active.offered_at > HANDLE_LEASE_S and await self.take_back(active):
+        elif (now - active.offered_at > HANDLE_LEASE_S or self._host_lane.is_overdue(active)) and await self.take_back(active):
             active.offered_at = now
+            await self._host_lane.withdraw(active)
             await self._publish(active)
 
     async def take_back(self, active: ActiveJob) -> bool:
@@ -175,13 +180,14 @@ class Giver:
 
     async def close(self) -> None:
         await self._requests.close()
+        await self._host_lane.close()
         await end(self._tasks)
 
 
 class Taker:
     """The decode side."""
 
-    def __init__(self, me: Identity, tokenizer: Tokenizer, bus: Bus, store: Store, engine: EngineLink, jobs: Jobs,
+    def __init__(self, me: Identity, tokenizer: Tokenizer, bus: Bus, store: Store, engine: EngineCommands, jobs: Jobs,
                  is_cancelled: Callable[[str], bool], kv_transfer: str = AUTO) -> None:
         self._me = me
         self._kv_transfer = kv_transfer
@@ -263,6 +269,8 @@ class Taker:
             ours, theirs = getattr(self._me.layout, name), getattr(handle.layout, name)
             if ours != theirs:
                 return f"KV layout differs in {name}: ours {ours!r}, {handle.source.worker} has {theirs!r}"
+        if self._me.layout.kind == "mock":
+            return None   # pages that hold nothing move anywhere
         try:
             ways_to(handle.source, host_identity(), self._kv_transfer)
         except Unreachable as error:

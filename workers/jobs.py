@@ -11,7 +11,7 @@ from coordinator.messages import KVLayout, TokenRun, pack_ids
 from coordinator.store import Blame, OwnedJob, Store, owner_name
 from workers.active_job import ActiveJob, Phase
 from workers.emitter import Emitter
-from workers.engine_link import EngineLink
+from workers.engine_link import EngineCommands
 from workers.engine_messages import AddSequence, Cancel, Failed, Pinned, TokenRow, Tokens
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Jobs:
     for, `on_change` when capacity may have changed.
     """
 
-    def __init__(self, me: Identity, bus: Bus, store: Store, engine: EngineLink) -> None:
+    def __init__(self, me: Identity, bus: Bus, store: Store, engine: EngineCommands) -> None:
         self.me = me
         self.on_offerable: Callable[[ActiveJob], None] = lambda active: None
         self.on_change: Callable[[], None] = lambda: None

@@ -67,8 +67,9 @@ class ModelRunner:
 
         Returns logits [len(batch.logit_rows), vocab_size] float32 on the runner's device, in the order of logit_rows.
         """
-        capacity = self._sizes.capacity(batch.agreed)
-        if self._is_halved(batch):
+        agreed = self._sizes.agreed(batch)
+        capacity = self._sizes.capacity(agreed)
+        if self._sizes.decode_overlap if agreed is not None and agreed.is_decode else self._sizes.prefill_overlap:
             first, second = halves(batch, -(-len(batch.token_ids) // 2))
             capacity = -(-capacity // 2)
             logits = self._model.both(self._step(first, capacity), self._step(second, capacity), self.kv_cache.layers)
@@ -76,11 +77,6 @@ class ModelRunner:
             logits = self._model(self._step(batch, capacity), self.kv_cache.layers)
         self.balancer.after_step()
         return logits
-
-    def _is_halved(self, batch: ForwardBatch) -> bool:
-        """The same on all ranks, whatever each has to do."""
-        is_decode = batch.agreed is not None and batch.agreed.is_decode
-        return self._sizes.decode_overlap if is_decode else self._sizes.prefill_overlap
 
     def warmup(self) -> None:
         """Run a prefill and a decode over the first page, so that the first request does not pay for lazy set-up. Before any request."""

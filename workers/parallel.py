@@ -45,6 +45,11 @@ class _Done:
 DONE = _Done()
 
 
+def _rows(gathered: Tensor) -> Tensor:
+    """[size, N, ...] as the library wants it: one rank's rows below the other's."""
+    return gathered.flatten(0, 1) if gathered.dim() > 1 else gathered
+
+
 class RankGroup:
     """Some ranks that compute together, and this one's place among them. All of them must make the same calls in the same order."""
 
@@ -70,8 +75,10 @@ class RankGroup:
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x [...] of each rank, all of one shape -> [size, ...]"""
-        out, work = self.start_all_gather(x)
-        work.wait()
+        if self.size == 1:
+            return x.unsqueeze(0)
+        out = x.new_empty(self.size, *x.shape)
+        _all_gather(_rows(out), x.contiguous(), group=self.group)  # on the current stream, as all that is waited for at once
         return out
 
     def start_all_gather(self, x: Tensor) -> tuple[Tensor, Work]:
@@ -79,7 +86,7 @@ class RankGroup:
         if self.size == 1:
             return x.unsqueeze(0), DONE
         out = x.new_empty(self.size, *x.shape)
-        work = _all_gather(out.flatten(0, 1) if x.dim() else out, x.contiguous(), group=self.group, async_op=True)
+        work = _all_gather(_rows(out), x.contiguous(), group=self.group, async_op=True)
         assert work is not None
         return out, work
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from coordinator.errors import ConfigError
 from kernels.block_fp8 import BLOCK
-from workers.batch import Agreed
+from workers.batch import Agreed, ForwardBatch
 from workers.model_config import ModelConfig
 
 MOE_MODES = ("TP", "EP")
@@ -62,6 +62,12 @@ class ParallelSizes:
         """`config` with the numbers of heads that one rank computes: what its KV pool and its kernels are sized by."""
         kv_heads = config.num_heads // self.attn_tp if config.mla else len(self.kv_heads(config, 0))
         return replace(config, num_heads=config.num_heads // self.attn_tp, num_kv_heads=kv_heads)
+
+    def agreed(self, batch: ForwardBatch) -> Agreed | None:
+        """What is known of all batches of this step. A dp group that steps by itself knows it of its own."""
+        if batch.agreed is None and (self.dp == 1 or not self.is_ep):
+            return Agreed(len(batch.token_ids), all(count == 1 for count in batch.query_lens))
+        return batch.agreed
 
     def capacity(self, agreed: Agreed | None) -> int:
         """Rows of a dp group that an exchange without sizes makes room for in this step; 0: sizes are exchanged."""

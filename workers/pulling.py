@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 
 from coordinator import subjects
 from coordinator.bus import Bus, Delivery, Puller
@@ -133,6 +133,15 @@ class Pulling:
         order.append(order.pop(0))
         return taken
 
+    async def take_from(self, consumers: list[str], room: int) -> None:
+        """What lies in these lanes now, up to `room` messages, one lane after the other."""
+        for consumer in consumers:
+            if room <= 0:
+                return
+            probe = await self._puller.pull(consumer, room, PROBE_S, no_wait=True)
+            await probe.ended
+            room = probe.num_left
+
     def _want(self, num_messages: int, of_last: int | None = None) -> None:
         for lanes in self._classes:
             wanted = of_last if lanes is self._classes[-1] and of_last is not None else num_messages
@@ -169,9 +178,19 @@ class Pulling:
             await asyncio.gather(*self._taken_up, return_exceptions=True)
 
 
-def job_consumers(model: str) -> list[list[str]]:
-    return [[subjects.jobs_consumer(model, klass, lane) for lane in subjects.job_lanes()] for klass in CLASSES]
+def job_consumers(model: str, own_lanes: Iterable[str] = ()) -> list[list[str]]:
+    """Of all lanes that any worker serves, and of `own_lanes` before them."""
+    lanes = [*own_lanes, *subjects.job_lanes()]
+    return [[subjects.jobs_consumer(model, klass, lane) for lane in lanes] for klass in CLASSES]
 
 
-def handoff_consumers(model: str) -> list[list[str]]:
-    return [[subjects.handoff_consumer(model, lane)] for lane in subjects.handoff_lanes()]
+def lane_consumers(model: str, lanes: Iterable[str]) -> list[list[str]]:
+    """Of these lanes alone."""
+    lanes = list(lanes)
+    return [[subjects.jobs_consumer(model, klass, lane) for lane in lanes] for klass in CLASSES]
+
+
+def handoff_consumers(model: str, own_lanes: Iterable[str] = ()) -> list[list[str]]:
+    """`own_lanes` beside the first lane that any decode worker serves."""
+    first, *others = [[subjects.handoff_consumer(model, lane)] for lane in subjects.handoff_lanes()]
+    return [[*(subjects.handoff_consumer(model, lane) for lane in own_lanes), *first], *others]

@@ -10,10 +10,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import count
+from typing import Protocol
 
 from workers.page_pool import PagePool
 
 PageKey = tuple[int, ...]
+
+
+class Journal(Protocol):
+    """Is told of every page that can be found, and of its end, by a digest over the path to it (block_journal.py)."""
+
+    root: bytes
+
+    def digest_of(self, parent: bytes, page_tokens: Sequence[int]) -> bytes: ...
+    def gained(self, digest: bytes) -> None: ...
+    def lost(self, digest: bytes) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -26,12 +37,13 @@ class Node:
     children: dict[PageKey, "Node"] = field(default_factory=dict)
     locks: int = 0
     last_used: int = 0
+    digest: bytes = b""      # without a journal: none
 
 
 class RadixCache:
     """A prefix tree over pages of `pool`. Statistics count tokens: looked up, and found."""
 
-    def __init__(self, pool: PagePool, page_size: int, *, enabled: bool = True) -> None:
+    def __init__(self, pool: PagePool, page_size: int, *, enabled: bool = True, journal: Journal | None = None) -> None:
         self.page_size = page_size
         self.num_nodes = 0
         self.num_evictable = 0
@@ -39,7 +51,8 @@ class RadixCache:
         self.num_hit_tokens = 0
         self._enabled = enabled
         self._pool = pool
-        self._root = Node((), -1, None)
+        self._journal = journal
+        self._root = Node((), -1, None, digest=journal.root if journal is not None else b"")
         self._now = 0
         self._serial = count()
         self._leaves: list[tuple[int, int, Node]] = []  # heap of (last_used, serial, node); entries that no longer hold are skipped
@@ -80,6 +93,9 @@ class RadixCache:
                 self._pool.retain([pages[index]])
                 self.num_nodes += 1
                 self.num_evictable += 1
+                if self._journal is not None:
+                    child.digest = self._journal.digest_of(node.digest, key)
+                    self._journal.gained(child.digest)
             elif child.page != pages[index]:
                 self._pool.retain([child.page])
                 self._pool.release([pages[index]])
@@ -114,6 +130,8 @@ class RadixCache:
             self.num_nodes -= 1
             self.num_evictable -= 1
             evicted += 1
+            if self._journal is not None:
+                self._journal.lost(node.digest)
             self._offer(parent)
         return evicted
 

@@ -17,7 +17,7 @@ waits for its first token next to nothing; those that have no turn keep their pa
 
 from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Literal
 
@@ -27,7 +27,7 @@ from workers.batch import ForwardBatch
 from workers.engine_messages import Failed, Imported, Pinned, Prefilled, Stats, TokenRow, Tokens
 from workers.guided import Guide
 from workers.page_pool import PagePool
-from workers.radix_cache import RadixCache
+from workers.radix_cache import Journal, RadixCache
 from workers.sequence import ImportSource, Sequence, State, num_pages_for
 
 Role = Literal["prefill", "decode", "both"]
@@ -101,10 +101,10 @@ class Scheduler:
     With depth 2 a step is completed after the next one was launched, or before the next is scheduled, as it comes.
     """
 
-    def __init__(self, settings: SchedulerSettings) -> None:
+    def __init__(self, settings: SchedulerSettings, journal: Journal | None = None) -> None:
         self.settings = settings
         self.pool = PagePool(settings.num_pages)
-        self.cache = RadixCache(self.pool, settings.page_size, enabled=settings.prefix_cache)
+        self.cache = RadixCache(self.pool, settings.page_size, enabled=settings.prefix_cache, journal=journal)
         self._sequences: dict[str, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
         self._active: list[Sequence] = []    # RUNNING, IMPORTING and IMPORTED, oldest first
@@ -258,6 +258,12 @@ class Scheduler:
         tokens = [Tokens(rows=tuple(rows), prefilled=tuple(prefilled))] if rows or prefilled else []
         return [*tokens, *after]
 
+    def set_role(self, role: Role) -> None:
+        """Forget all sequences: what is still in flight for them is dropped when it arrives."""
+        for job_id in list(self._sequences):
+            self.cancel(job_id)
+        self.settings = replace(self.settings, role=role)
+
     # ---- views ----
 
     @property
@@ -271,11 +277,13 @@ class Scheduler:
     def stats(self) -> Stats:
         size, states = self.settings.page_size, [sequence.state for sequence in self._sequences.values()]
         promised = sum(self._growth(sequence) for sequence in (*self._active, *self._waiting))
+        pending = [sequence.num_pending for sequence in self._sequences.values() if sequence.source is None]
         return Stats(
             free_pages=self.pool.num_free, total_pages=self.settings.num_pages, cached_pages=self.cache.num_evictable,
             held_pages=self.num_held_pages, pinned=states.count(State.PINNED), running=states.count(State.RUNNING),
             waiting=states.count(State.WAITING), importing=states.count(State.IMPORTING) + states.count(State.IMPORTED),
-            free_tokens=max(0, self.settings.num_pages - self.num_held_pages - promised) * size)
+            free_tokens=max(0, self.settings.num_pages - self.num_held_pages - promised) * size,
+            pending_tokens=sum(count for count in pending if count > 1))
 
     def check_integrity(self) -> None:
         """free + owned + cached + pinned pages must be all pages, each counted by who refers to it."""

@@ -19,6 +19,7 @@ class RankSettings:
     ep_rebalance_steps: int = 0
     prefill_overlap: bool = False
     decode_overlap: bool = False
+    one_shot_all_reduce_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,8 @@ class EngineSettings:
     model_dir: str
     model_name: str
     role: str                        # prefill, decode or both
+    engine: str = "model"            # model, or mock: made-up tokens in the time that `mock_costs` say
+    mock_costs: str = ""
     device: str = "cpu"              # auto (a GPU if there is one), cpu, cuda or cuda:N
     dtype: str = "auto"              # auto: float32 on CPU, the checkpoint's on GPU
     page_size: int = 0               # tokens
@@ -39,6 +42,7 @@ class EngineSettings:
     load_workers: int = 1
     num_threads: int = 0             # CPU threads for the math of any step
     use_prefix_cache: bool = True
+    report_blocks: bool = False      # tell what the prefix cache gains and loses
     graph_max_batch_size: int = 256  # decoding sequences up to which steps are CUDA graphs
     use_cuda_graphs: bool = True
     use_fa3: bool = False
@@ -59,4 +63,8 @@ class WorkerSettings:
     drain_timeout_s: float = 30.0
     max_queued: int = 0              # jobs per class before producers get 429; 0: the bound that is there
     lease_s: float = 5.0
+    prefix_affinity: bool = False    # tell the index of prefixes what is cached here, and serve a lane of our own
+    handoff_same_host: bool = True   # hand over to decode workers of the same host first, where there are others
+    host: str = ""                   # a name in this machine's place; "": its own
+    serves_local: bool = False       # role decode: prefill short prompts here
     engine_stall_s: float = 0.0      # an engine silent for this long is killed; 0: by device

@@ -371,3 +371,16 @@ async def test_an_error_of_the_broker_carries_its_code(bus: Bus) -> None:
     with pytest.raises(ApiError, match="stream not found") as caught:
         await bus.api("STREAM.INFO.NOPE")
     assert (caught.value.code, caught.value.err_code, caught.value.may_pass) == (404, 10059, False)
+
+
+async def test_consumers_of_a_workers_lane_go_by_themselves_and_their_jobs_stay(bus: Bus, model: str) -> None:
+    await bus.ensure_lane(model, "w-one")
+    await bus.ensure_lane(model, "w-one")
+    config = (await bus.api(f"CONSUMER.INFO.JOBS.jobs-{model}-normal-w-one"))["config"]
+    assert config["inactive_threshold"] == 3600 * 10**9
+    await bus.publish_job(Job(job_id="a", origin="o", model=model, prompt_ids=(1,)), lane="w-one")
+    await bus.api(f"CONSUMER.DELETE.JOBS.jobs-{model}-normal-w-one")
+    assert await bus.private_lanes() == [(model, "w-one")]
+    await bus.ensure_lane(model, "w-one")
+    assert (await bus.lane_state(model, "w-one"))["pending"] == 1
+    assert (await bus.counters(model))["jobs"]["normal"] == 1

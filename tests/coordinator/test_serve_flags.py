@@ -78,3 +78,10 @@ def test_an_address_that_is_not_loopback_needs_a_file_of_keys_that_exists(model_
         worker_args(model_dir, "--api_keys_file", str(tmp_path / "missing"))
     (tmp_path / "keys.json").write_text('{"keys": []}')
     assert worker_args(model_dir, "--host", "0.0.0.0", "--api_keys_file", str(tmp_path / "keys.json"))
+
+
+def test_costs_of_a_mock_engine_are_refused_where_there_is_none(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="--mock_costs"):
+        serve_flags.parse(["--model_dir", str(tmp_path), "--mock_costs", "prefill=1"])
+    assert serve_flags.parse(["--model_dir", str(tmp_path), "--engine", "mock", "--mock_costs", "prefill=1"]).engine == "mock"

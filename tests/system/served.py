@@ -59,6 +59,12 @@ class Served:
             time.sleep(0.05)
         return found[1]
 
+    def wait_said(self, what: str, times: int = 1) -> None:
+        give_up_at = time.monotonic() + READY_S
+        while self.log.count(what) < times:
+            assert self.process.poll() is None and time.monotonic() < give_up_at, self.log
+            time.sleep(0.05)
+
     def rank(self, rank: int) -> psutil.Process:
         """The process that computes as this rank: a follower, or a leader's engine. Waits for it to be there."""
         give_up_at = time.monotonic() + READY_S

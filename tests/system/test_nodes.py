@@ -73,6 +73,16 @@ class Nodes:
         self.served[1].process.wait()
 
 
+    def kill_serve_of_node_0(self) -> None:
+        """SIGKILL to `serve` alone: what it started ends by itself, but for the queue and its keeper."""
+        family = psutil.Process(self.served[0].process.pid).children(recursive=True)
+        own = [process for process in family if any(part.startswith(("workers.", "producers.")) for part in process.cmdline())]
+        self.served[0].process.kill()
+        self.served[0].process.wait()
+        _, alive = psutil.wait_procs(own, timeout=30)
+        assert not alive, alive
+
+
 @contextmanager
 def farm_of_two(folder: Path, model_dir: Path, *flags: str, environment: dict[str, str]) -> Iterator[Nodes]:
     """The guide's commands: the same on both nodes but for --node_rank."""
@@ -108,3 +118,8 @@ def test_two_nodes_answer_as_one_and_a_node_that_is_lost_costs_no_token(tmp_path
         farm.served[1].start() if loss == "killed" else farm.nodes[1].plug(is_in=True)
         assert farm.read(client) == greedy(tiny_v3, PROMPTS[:5], 150)
         assert farm.answers([[5]], 12) == greedy(tiny_v3, [[5]], 12)
+        if loss == "killed":
+            farm.kill_serve_of_node_0()
+            farm.served[0].start()
+            farm.served[0].wait_said("tokenmill ready", 2)
+            assert farm.answers(PROMPTS[:2], 12) == greedy(tiny_v3, PROMPTS[:2], 12)

@@ -69,8 +69,8 @@ def test_whatever_ends_the_farm_no_process_and_no_port_stays(tmp_path: Path, tin
 
 @pytest.mark.parametrize(("flags", "environment", "said"), [
     (["--model_dir", "m", "--tp", "8", "--dp", "3"], {}, "--dp 3"), (["--model_dir", "m", "--enable-mps"], {}, "--enable_mps"),
-    (["--model_dir", "m"], {"MOE_MODE": "XP"}, "MOE_MODE=XP"), (["--run_mode", "config_server", "--host", "0.0.0.0"], {}, "cluster token"),
-    (["--model_dir", "m"], {"MOE_MODE": "EP"}, "MOE_MODE=EP"),
+    (["--model_dir", "m"], {"MOE_MODE": "XP"}, "MOE_MODE=XP"),
+    (["--run_mode", "config_server", "--host", "0.0.0.0"], {}, "cluster token"),
     (["--run_mode", "config_server"], {"TOKENMILL_CLUSTER_TOKEN": "short"}, "at least 16"),
     (["--run_mode", "decode", "--pd_master_ip", "a", "--config_server_host", "b"], {}, "--config_server_host and --pd_master_ip"),
     (["--run_mode", "config_server", "--tls_cert", "c.pem"], {}, "--tls_key"), (["--join", "a:1", "--model_dir", MODEL], {}, "--join"),
@@ -107,7 +107,7 @@ def test_a_port_that_is_taken_is_said_at_once(tmp_path: Path, tiny_v3: Path) -> 
 
 def test_the_guides_three_processes_answer_together_also_after_master_and_queue_were_killed(tmp_path: Path, tiny_v3: Path) -> None:
     port = free_ports(1)[0]
-    environment = {"TOKENMILL": f"{sys.executable} -m tokenmill", "MODEL_DIR": str(tiny_v3), "TP": "1", "DP": "1", "MOE_MODE": "TP",
+    environment = {"TOKENMILL": f"{sys.executable} -m tokenmill", "MODEL_DIR": str(tiny_v3), "TP": "1", "DP": "1",
                    "PD_MASTER_PORT": str(port)}
     body = {"inputs": [1, 2, 3], "parameters": {"max_new_tokens": 9, "ignore_eos": True}}
     with Servings(tmp_path, environment) as farm:

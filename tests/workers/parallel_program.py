@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 
 from workers.batch import Agreed, ForwardBatch
+from workers.model import spread_moe
 from workers.model_runner import ModelRunner
 from workers.parallel import Parallel, ParallelSizes
 
-PAGE_SIZE, PAGES_EACH, NUM_STEPS, NEW_TOKENS, CHUNK = 8, 8, 19, 8, 9
+PAGE_SIZE, PAGES_EACH, NUM_STEPS, NEW_TOKENS, CHUNK = 8, 8, 15, 6, 9
 LENGTHS = {0: (1, 19, 30), 1: (23, 4), 2: (), 3: (9,)}  # prompts by dp group: one group never has work
 
 
@@ -120,6 +121,7 @@ def run_case(case: dict[str, Any], groups: dict[int, dist.ProcessGroup], folder:
 def main() -> None:
     folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
+    spread_moe.MAX_ROWS = 16
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size, timeout=timedelta(seconds=120))
     pairs = [dist.new_group([first, first + 1]) for first in range(0, size, 2)]
     groups = {size: dist.group.WORLD, 2: pairs[rank // 2]}

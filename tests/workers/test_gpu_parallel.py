@@ -42,5 +42,6 @@ def test_two_gpus_give_the_logits_of_one(tmp_path: Path, model: str) -> None:
     cases = [{"name": f"{model} {name}", "model": str(path), "sizes": sizes} for name, sizes in SIZES[model].items()]
     results = ranks.run_ranks(FOLDER / "parallel_gpu_program.py", tmp_path, cases, 2, timeout_s=560)
     for name, figures in results[0].items():
-        print(f"{name:24} distance {figures['distance']:.1e}, decode step {figures['one_rank_ms']:.2f} ms on one GPU, "
-              f"{figures['ranks_ms']:.2f} ms on two")
+        alone, together = figures["alone"], figures["together"]
+        pairs = ", ".join(f"{kind} {alone[kind]:.2f} {together[kind]:.2f}" for kind in alone)
+        print(f"{name:20} distance {figures['distance']:.1e}; ms of a step on one GPU and on two: {pairs}")

@@ -8,7 +8,8 @@ import pytest
 from workers.mps import CONTROL, PID_FILE, daemon_folder
 
 
-@pytest.mark.parametrize(("pid", "is_found"), [(str(os.getpid()), True), ("999999999", False), (None, True), ("garbage", False)])
+@pytest.mark.parametrize(("pid", "is_found"), [(str(os.getpid()), True), ("999999999", False), (None, True), ("garbage", False)],
+                         ids=["running", "dead", "no file", "garbage"])
 def test_a_running_daemon_is_found_and_a_dead_one_is_not(tmp_path: Path, pid: str | None, is_found: bool) -> None:
     (tmp_path / CONTROL).touch()
     if pid is not None:
