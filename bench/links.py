@@ -31,9 +31,9 @@ class Links:
 
 
 NVLINK = Links(
-    name="NVLink, one node", bus_bytes_s=340e9, all_reduce_s=15e-6, exchange_bytes_s=155e9, exchange_s=30e-6, pair_bytes_s=300e9,
-    source="all-reduce of 1 GiB over 2 and 4 H100 measured at 329 and 355 GB/s; exchange as DeepEP publishes it for 8 H800; latencies and "
-           "the rate of a pair assumed")
+    name="NVLink, one node", bus_bytes_s=340e9, all_reduce_s=15e-6, exchange_bytes_s=155e9, exchange_s=30e-6, pair_bytes_s=254e9,
+    source="all-reduce of 1 GiB over 2 and 4 H100 measured at 329 and 355 GB/s, a mapped hand-over of 16k tokens between two H100 at 254; "
+           "exchange as DeepEP publishes it for 8 H800; latencies assumed")
 TWO_NODES = Links(
     name="two nodes, 400 Gb/s per GPU", bus_bytes_s=180e9, all_reduce_s=40e-6, exchange_bytes_s=85e9, exchange_s=60e-6, pair_bytes_s=45e9,
     source="exchange as DeepEP publishes it for 2 x 8 GPUs with ConnectX-7; the others assumed")

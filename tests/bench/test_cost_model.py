@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 
 from bench import cost_model
-from bench.cost_model import H200, MACHINES, full_model, handover_s, predict
+from bench.cost_model import H100, H200, MACHINES, full_model, handover_s, predict
 from bench.links import NVLINK, TWO_NODES
 from bench.rank_work import Split, rank_ops, talk_s, weight_bytes
 from bench.roofline import Work, step_ops
+from bench.step_model import read_figures
 
-MEASURED = cost_model.fitted(Path(__file__).parents[2] / "bench" / "results")
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+MEASURED = cost_model.fitted(RESULTS)
 
 
 @pytest.mark.parametrize(("name", "decode", "prefill"), [("v2-lite", 0.04, 0.05), ("v3-layers:4", 0.06, 0.25)])
@@ -20,6 +22,14 @@ def test_steps_of_one_gpu_are_missed_by_little(name: str, decode: float, prefill
     assert len(missed) >= 9
     for figure, error in missed:
         assert abs(error) <= (decode if figure.phase == "decode" else prefill), figure
+
+
+def test_steps_of_another_gpu_which_the_fit_has_not_seen_are_predicted() -> None:
+    config, model, _ = MEASURED["v2-lite"]
+    seen = read_figures(RESULTS / "engine_v2_lite_nvidia_h100_80gb_hbm3.json")
+    missed = cost_model.errors(config, model, cost_model.full_steps(seen), H100)
+    assert len(missed) == 7
+    assert all(abs(error) <= 0.08 for _, error in missed), missed
 
 
 def test_a_step_left_out_of_the_fit_is_predicted_too() -> None:
@@ -59,7 +69,7 @@ def test_more_gpus_decode_more_tokens_and_a_hand_over_is_bytes_over_the_link() -
 
 
 def test_the_report_has_every_machine_and_says_what_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert cost_model.main(["--results", str(Path(__file__).parents[2] / "bench" / "results"), "--out", str(tmp_path / "model.md")]) == 0
+    assert cost_model.main(["--results", str(RESULTS), "--out", str(tmp_path / "model.md")]) == 0
     text = capsys.readouterr().out
     assert all(text.count(machine.name) == 2 for machine in MACHINES)
     assert "does not fit: 85 GB of weights per GPU" in text and text.strip() == (tmp_path / "model.md").read_text().strip()

@@ -74,7 +74,10 @@ class Lane:
                     log.exception("a KV copy failed")
                 error = f"{type(failure).__name__}: {failure}"
                 self._close()
-        errand.on_done(error, seconds)
+        try:
+            errand.on_done(error, seconds)
+        except Exception:
+            log.exception("the end of a KV copy could not be told")  # the next ones must still be made
 
     def _copy(self, errand: Errand) -> float:
         if self._link is None:
