@@ -6,6 +6,8 @@ import sys
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("coordinator.serve", "start a farm, or one part of it (--run_mode)"),
     "status": ("coordinator.status", "who is alive, what is queued, what is held"),
+    "worker": ("coordinator.worker_cli", "look at one worker; give it another role"),
+    "drain": ("coordinator.worker_cli:drain", "have a worker end what it has, and leave"),
     "queue": ("coordinator.queue_cli", "show or stop the queue that a config server or pd_master left running"),
     "batch": ("producers.batch_cli", "submit, watch and fetch a file of requests; pipe prompts through the farm"),
     "jobs": ("coordinator.jobs_cli", "what became of a job; stop one"),
@@ -32,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     if args[0] not in COMMANDS:
         print(f"tokenmill: no command {args[0]!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    module = importlib.import_module(COMMANDS[args[0]][0])
-    status: int = module.main([_with_underscores(arg) for arg in args[1:]])
+    name, _, function = COMMANDS[args[0]][0].partition(":")
+    status: int = getattr(importlib.import_module(name), function or "main")([_with_underscores(arg) for arg in args[1:]])
     return status
 
 

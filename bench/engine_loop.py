@@ -120,7 +120,7 @@ class Prompts:
         layout = KVLayout(model="", weights="", kind=self._config.kv_kind, num_layers=self._config.num_layers, row=self._config.kv_row,
                           dtype="bfloat16", page_size=self._page_size)
         for sequence in sequences:
-            sequence.source = ImportSource(address="", num_pages=len(pages), page_ids=pages, num_tokens=context - 1, layout=layout)
+            sequence.source = ImportSource(ranks=(), num_pages=len(pages), page_ids=pages, num_tokens=context - 1, layout=layout)
         return sequences
 
     def _sequence(self, prompt_len: int, max_new_tokens: int) -> Sequence:

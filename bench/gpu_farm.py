@@ -1,7 +1,8 @@
-"""The whole farm on one GPU under load: `python -m bench.gpu_farm [--model_dir DIR] [--modes normal pd]`.
+"""The whole farm on one or two GPUs under load: `python -m bench.gpu_farm [--model_dir DIR] [--modes normal pd] [--devices A B]`.
 
     normal   one worker that prefills and decodes
-    pd       a pd_master, a prefill worker and a decode worker on the same GPU: keys and values are handed over
+    pd       a pd_master, a prefill worker and a decode worker, on the same GPU or on two: keys and values are handed over
+    pair     a pd_master and two workers that prefill and decode, one on each device
 
 100 clients in a closed loop, 1,024 tokens in and 128 out, streaming. Without --model_dir a random checkpoint of DeepSeek-V2-Lite's
 shape is drawn on the GPU first. With hand-over, what a second token costs beside a short and a long prompt gives its speed.
@@ -9,19 +10,22 @@ shape is drawn on the GPU first. With hand-over, what a second token costs besid
 
 import argparse
 import asyncio
+import random
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 from bench.closed_loop import Outcome, Run, run_closed_loop
 from bench.farm_process import FarmFailed
-from bench.gpu_farm_process import running_modes
+from bench.gpu_farm_process import kill_worker, master_urls, running_modes, worker_names
 from bench.http_stream import Target
 from bench.kernel_result import slug
 from bench.machine import describe_machine
@@ -32,29 +36,41 @@ from bench.workload import WorkItem, make_workload, vocab_size_of
 from workers.model_config import ModelConfig
 
 RESULTS = Path("bench/results")
+KILL_PACE_S = 11.0       # `tokenmill serve` takes a worker that dies three times in 20 s for one that a restart does not heal
 API = APIS["lightllm"]
-MODES = ("normal", "pd")
+MODES = ("normal", "pd", "pair")
 PEER = "bar: vLLM 0.26 under 100 clients, 1024/128, on another GPU, an H100 of 3.0 TB/s"
 PEER_REQ_S, PEER_TTFT_MS, PEER_TPOT_MS = 30.8, (551.0, 1454.0), (20.5, 23.0)
+KILL_CLIENTS, KILL_REQUESTS, KILL_AFTER, KILL_GAP_MS = 64, 256, 80, 250.0
 HANDOVER_LENS, HANDOVER_ROUNDS, HANDOVER_OUTPUT = (512, 8192), 8, 8
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_farm", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model_dir", type=Path, help="a checkpoint; one without config.json is written there (default: a new one)")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES[:2])
     parser.add_argument("--num_clients", type=int, default=100)
     parser.add_argument("--requests", type=int, default=600, help="measured, after one of each client that warms up (default: %(default)s)")
+    parser.add_argument("--kill_after_s", type=float, default=2.0, help="from the beginning of a load (default: %(default)s)")
     parser.add_argument("--input_len", type=int, default=1024)
     parser.add_argument("--output_len", type=int, default=128)
     parser.add_argument("--handover_lens", type=int, nargs=2, default=HANDOVER_LENS, help="prompts whose hand-over is timed (%(default)s)")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--pool_tokens", type=int, default=400_000, help="KV pool of each worker (default: %(default)s)")
+    parser.add_argument("--devices", nargs=2, help="of prefill and decode, or of the pair (default: --device for both)")
+    parser.add_argument("--workers", nargs="*", default=[], metavar="ROLE=GPU,GPU",
+                        help="pd: these workers, of as many ranks as they have GPUs, not one of each role (prefill=0,1 decode=2,3)")
+    parser.add_argument("--masters", type=int, default=1, help="pd: REST doors, by turns under loads with kills (default: %(default)s)")
+    parser.add_argument("--kill", nargs="*", default=[], choices=("prefill", "decode"), help="pd: SIGKILL such a worker under load, too")
+    parser.add_argument("--chaos_s", type=float, default=0.0, help="pd: go on killing any worker under load for so long")
+    parser.add_argument("--model", default="v2-lite", help="what is drawn: v2-lite or v3-layers:N (default: %(default)s)")
+    parser.add_argument("--pool_tokens", type=int, default=150_000, help="KV pool of each worker (default: %(default)s)")
     parser.add_argument("--load_workers", type=int, default=8, help="threads that load weights (default: %(default)s)")
+    parser.add_argument("--kill_prefill", action="store_true", help="at the end of mode pd, kill the prefill worker under load")
     parser.add_argument("--mps", action="store_true", help="run under the GPU's multi-process service")
     parser.add_argument("--serve_flags", default="", help="further flags for every process of the farm, in one string")
     parser.add_argument("--ready_s", type=float, default=180.0, help="how long a farm may take to be ready (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--label", default="", help="what the report's title ends with")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     return parser.parse_args(argv)
 
@@ -114,6 +130,40 @@ def _load(target: Target, items: Sequence[WorkItem], num_clients: int) -> Run:
     return asyncio.run(run_closed_loop(target, API, items, num_clients=num_clients, timeout_s=120.0, on_outcome=tell))
 
 
+def kill_rows(target: Target, replace_prefill: Callable[[], None], items: Sequence[WorkItem]) -> list[Row]:
+    """The prefill worker dies with hand-overs under way. Who decodes by then must not notice, and nobody may lose anything."""
+    killed_at: list[float] = []
+
+    def kill() -> None:
+        killed_at.append(time.perf_counter())
+        replace_prefill()
+
+    num_done = 0
+
+    def tell(outcome: Outcome) -> None:
+        nonlocal num_done
+        num_done += 1
+        if num_done == KILL_AFTER:
+            threads.append(threading.Thread(target=kill))
+            threads[0].start()
+
+    threads: list[threading.Thread] = []
+    run = asyncio.run(run_closed_loop(target, API, items, num_clients=KILL_CLIENTS, timeout_s=240.0, on_outcome=tell))
+    for thread in threads:
+        thread.join()
+    summary = Summary.of(run)
+    streams = [outcome.stream.times for outcome in run.outcomes if outcome.stream and len(outcome.stream.times) > 2]
+    at = killed_at[0]
+    gaps = [max(after - before for before, after in pairwise(times[1:])) for times in streams if times[1] < at < times[-1]]
+    note = f"{KILL_CLIENTS} clients; {len(gaps)} streams were decoding as it died; {summary.statuses}"
+    return [
+        Row(name="pd, prefill killed: answered whole", figure=100.0 * summary.num_valid / summary.num_requests, bar=100.0, unit="%",
+            higher_is_better=True, note=note),
+        Row(name="pd, prefill killed: longest gap in a stream then decoding", figure=1e3 * max(gaps, default=float("nan")), bar=KILL_GAP_MS,
+            unit="ms", higher_is_better=False, note="between two tokens, the first two left out"),
+    ]
+
+
 def _workload(num: int, vocab_size: int, seed: int, arguments: argparse.Namespace) -> list[WorkItem]:
     """All answers of one length, as the peers were measured; `make_workload`'s own lengths would show in the time per token."""
     items = make_workload(num, arguments.input_len, arguments.output_len, vocab_size, seed=seed)
@@ -123,16 +173,56 @@ def _workload(num: int, vocab_size: int, seed: int, arguments: argparse.Namespac
 def measure(mode: str, model_dir: Path, state_dir: Path, arguments: argparse.Namespace) -> list[Row]:
     vocab_size, config = vocab_size_of(model_dir), ModelConfig.from_dir(model_dir)
     started = time.monotonic()
-    with running_modes(mode, model_dir, state_dir, arguments) as url:
-        print(f"{mode}: ready at {url} after {time.monotonic() - started:.1f} s", flush=True)
-        target = Target.parse(url + API.path)
+    with running_modes(mode, model_dir, state_dir, arguments) as farm:
+        print(f"{mode}: ready at {farm.url} after {time.monotonic() - started:.1f} s", flush=True)
+        target = Target.parse(farm.url + API.path)
         _load(target, _workload(arguments.num_clients, vocab_size, arguments.seed + 1, arguments), arguments.num_clients)
         run = _load(target, _workload(arguments.requests, vocab_size, arguments.seed, arguments), arguments.num_clients)
         rows = load_rows(mode, run, arguments)
         print("\n".join(f"  {row.name}: {row.cells()[1]} (bar {row.cells()[2]}) {row.note}" for row in rows), flush=True)
         if mode == "pd":
             print(f"  {handover_line(target, config, vocab_size, *arguments.handover_lens)}", flush=True)
+            items = _workload(2 * arguments.num_clients, vocab_size, arguments.seed + 2, arguments)
+            rows += [*sigkill_rows(state_dir, items, arguments), *chaos_rows(state_dir, items, arguments)]
+        if farm.replace_prefill and arguments.kill_prefill:
+            rows += kill_rows(target, farm.replace_prefill, _workload(KILL_REQUESTS, vocab_size, arguments.seed + 2, arguments))
+        print("\n".join(f"  {row.name}: {row.cells()[1]} (bar {row.cells()[2]}) {row.note}" for row in rows[5:]), flush=True)
     return rows
+
+
+def sigkill_rows(state_dir: Path, items: Sequence[WorkItem], arguments: argparse.Namespace) -> list[Row]:
+    """Whole answers of a load during which a worker is killed, while keys and values are on their way; a load per role."""
+    rows = []
+    for role in arguments.kill:
+        victim = next(name for name in worker_names(state_dir) if name.startswith(role))
+        num_valid, note = _killed_load(master_urls(state_dir)[0], victim, state_dir, items, arguments)
+        rows.append(Row(name=f"pd: answers over a SIGKILL of {role}", figure=num_valid, bar=len(items), unit="answers",
+                        higher_is_better=True, note=note))
+    return rows
+
+
+def chaos_rows(state_dir: Path, items: Sequence[WorkItem], arguments: argparse.Namespace) -> list[Row]:
+    """Load after load through one master after the other, in each of which some worker is killed."""
+    draw, urls, num_valid, num_asked, notes = random.Random(arguments.seed), master_urls(state_dir), 0, 0, set()
+    ends_at = time.monotonic() + arguments.chaos_s
+    while time.monotonic() < ends_at:
+        time.sleep(KILL_PACE_S)
+        url = urls[num_asked // len(items) % len(urls)]
+        valid, note = _killed_load(url, draw.choice(worker_names(state_dir)), state_dir, items, arguments)
+        num_valid, num_asked = num_valid + valid, num_asked + len(items)
+        notes |= {note} - {""}
+    if not num_asked:
+        return []
+    return [Row(name=f"pd: answers in {arguments.chaos_s:g} s of chaos", figure=num_valid, bar=num_asked, unit="answers",
+                higher_is_better=True, note=f"{num_asked // len(items)} workers killed; {'; '.join(sorted(notes))}".rstrip("; "))]
+
+
+def _killed_load(url: str, victim: str, state_dir: Path, items: Sequence[WorkItem], arguments: argparse.Namespace) -> tuple[int, str]:
+    killer = threading.Timer(arguments.kill_after_s, kill_worker, (state_dir, victim))
+    killer.start()
+    summary = Summary.of(_load(Target.parse(url + API.path), items, arguments.num_clients))
+    killer.join()
+    return summary.num_valid, str(summary.details or "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,13 +230,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     num_failed = 0
     with tempfile.TemporaryDirectory(prefix="tokenmill-gpu-farm-") as folder:
-        model_dir, is_ours = _checkpoint(arguments.model_dir)
+        model_dir, is_ours = _checkpoint(arguments.model_dir, arguments.model)
         machine = {"gpu": _gpu_name(), **describe_machine()}
         try:
             for mode in arguments.modes:
                 try:
                     rows += measure(mode, model_dir, Path(folder) / mode, arguments)
-                    for path in write_report(arguments.out / f"farm_{slug(machine['gpu'])}", "tokenmill on one GPU", rows, machine):
+                    title = f"tokenmill on GPUs{arguments.label}"
+                    for path in write_report(arguments.out / f"farm_{slug(machine['gpu'])}", title, rows, machine):
                         print(f"wrote {path}")
                 except Exception:
                     num_failed += 1
@@ -157,25 +248,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if num_failed else 0
 
 
-def _checkpoint(model_dir: Path | None) -> tuple[Path, bool]:
+def _checkpoint(model_dir: Path | None, model: str) -> tuple[Path, bool]:
     """The folder, and whether it has to be deleted in the end. It is written in a process of its own: this one stays off the GPU."""
     if model_dir is not None and (model_dir / "config.json").is_file():
         return model_dir, False
     from multiprocessing import get_context
 
     with get_context("spawn").Pool(1) as pool:
-        return Path(pool.apply(_write, (str(model_dir or ""),))), model_dir is None
+        return Path(pool.apply(_write, (str(model_dir or ""), model))), model_dir is None
 
 
-def _write(given: str) -> str:
+def _write(given: str, model: str) -> str:
     import torch
 
     from bench.gpu_checkpoint import roomiest, write_checkpoint
     from bench.shapes import named_config
 
     started = time.monotonic()
-    path = Path(given) if given else roomiest(32 << 30) / "tokenmill-v2-lite"
-    num_bytes = write_checkpoint(path, named_config("v2-lite"), torch.device("cuda"))
+    path = Path(given) if given else roomiest(32 << 30) / f"tokenmill-{slug(model)}"
+    num_bytes = write_checkpoint(path, named_config(model), torch.device("cuda"))
     print(f"wrote {num_bytes / 1e9:.1f} GB to {path} in {time.monotonic() - started:.1f} s", flush=True)
     return str(path)
 

@@ -1,7 +1,8 @@
-"""A farm on one GPU in either of its shapes, started as a user starts it and gone when the block ends."""
+"""A farm on GPUs in any of its shapes, started as a user starts it and gone when the block ends. Its workers can be killed."""
 
 import argparse
 import contextlib
+import json
 import os
 import shlex
 import signal
@@ -9,7 +10,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.farm_process import LOG_LINES, ROOT, FarmFailed, running_farm
@@ -17,33 +19,112 @@ from bench.http_stream import Target
 
 POLL_S = 0.2
 STOP_S = 45.0
+MASTERS = "masters"      # a file with the URLs of all of them
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFarm:
+    """`replace_prefill` kills the prefill worker with SIGKILL, all its processes, and starts another. Not in mode normal."""
+
+    url: str
+    replace_prefill: Callable[[], None] | None = None
 
 
 @contextlib.contextmanager
-def running_modes(mode: str, model_dir: Path, state_dir: Path, arguments: argparse.Namespace) -> Iterator[str]:
-    """Base URL of a farm that answers. `mode` is normal or pd. Raises FarmFailed with the last words of what did not start."""
-    flags = ["--device", arguments.device, "--max_total_token_num", str(arguments.pool_tokens), *shlex.split(arguments.serve_flags)]
+def running_modes(mode: str, model_dir: Path, state_dir: Path, arguments: argparse.Namespace) -> Iterator[GpuFarm]:
+    """A farm that answers. `mode` is normal, pd or pair. Raises FarmFailed with the last words of what did not start."""
+    flags = ["--max_total_token_num", str(arguments.pool_tokens), *shlex.split(arguments.serve_flags)]
+    first, second = arguments.devices or (arguments.device, arguments.device)
     os.environ["LOADWORKER"] = str(arguments.load_workers)
     with _multi_process_service() if arguments.mps else contextlib.nullcontext():
         if mode == "normal":
-            with running_farm(model_dir, state_dir, num_threads=0, ready_s=arguments.ready_s, flags=flags) as url:
-                yield url
+            with running_farm(model_dir, state_dir, num_threads=0, ready_s=arguments.ready_s,
+                              flags=["--device", arguments.device, *flags]) as url:
+                yield GpuFarm(url)
             return
         with running_farm(model_dir, state_dir, num_threads=0, ready_s=arguments.ready_s, flags=["--run_mode", "pd_master"]) as url:
             target = Target.parse(url)
             join = ["--pd_master_ip", target.host, "--pd_master_port", str(target.port), *flags]
-            with _worker("prefill", model_dir, state_dir, join) as prefill, _worker("decode", model_dir, state_dir, join) as decode:
-                _wait_until_ready(url, {"prefill": prefill, "decode": decode}, state_dir, arguments.ready_s)
-                yield url
+            if mode == "pd":
+                commands = _disaggregated(arguments, join, first, second)
+            else:
+                common = ["--role", "both", *_bootstrap(url), *flags, "--load_workers", str(arguments.load_workers)]
+                commands = {name: (["workers.worker", *common, "--worker_id", name, "--device", device], {})
+                            for name, device in (("both-1", first), ("both-2", second))}
+            (state_dir / MASTERS).write_text(url)
+            with contextlib.ExitStack() as stack:
+                for number in range(2, arguments.masters + 1):
+                    stack.enter_context(_further_master(number, url, model_dir, state_dir, arguments))
+                workers = {name: stack.enter_context(_worker(name, model_dir, state_dir, *command)) for name, command in commands.items()}
+                _wait_until_ready(url, workers, state_dir, arguments.ready_s)
+
+                def replace_prefill() -> None:
+                    os.killpg(workers["prefill"].pid, signal.SIGKILL)
+                    workers["prefill"].wait()
+                    workers["prefill"] = stack.enter_context(_worker("prefill", model_dir, state_dir, *commands["prefill"]))
+
+                yield GpuFarm(url, replace_prefill if "prefill" in commands else None)
+
+
+Command = tuple[list[str], dict[str, str]]   # module and arguments, and what is set in the environment
+
+
+def _disaggregated(arguments: argparse.Namespace, join: list[str], first: str, second: str) -> dict[str, Command]:
+    """Every worker sees all GPUs, its own first: memory is mapped between GPUs that both sides see."""
+    if not arguments.workers:
+        return {role: (["tokenmill", "serve", "--run_mode", role, *join, "--device", device], {})
+                for role, device in (("prefill", first), ("decode", second))}
+    specs = [(role, gpus.split(",")) for role, _, gpus in (spec.partition("=") for spec in arguments.workers)]
+    every = [gpu for _, gpus in specs for gpu in gpus]
+    return {f"{role}-{number}": (["tokenmill", "serve", "--run_mode", role, *join, "--device", arguments.device, "--tp", str(len(gpus))],
+                                 {"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys([*gpus, *every]))} if arguments.device != "cpu" else {})
+            for number, (role, gpus) in enumerate(specs, 1)}
 
 
 @contextlib.contextmanager
-def _worker(role: str, model_dir: Path, state_dir: Path, flags: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "tokenmill", "serve", "--run_mode", role, "--model_dir", str(model_dir.resolve()), *flags]
+def _further_master(number: int, url: str, model_dir: Path, state_dir: Path, arguments: argparse.Namespace) -> Iterator[None]:
+    """Another REST door to the queue of the master at `url`."""
+    with running_farm(model_dir, state_dir / f"master-{number}", num_threads=0, ready_s=arguments.ready_s,
+                      flags=["--run_mode", "pd_master", *_bootstrap(url)]) as further:
+        with (state_dir / MASTERS).open("a") as file:
+            file.write(f"\n{further}")
+        yield
+
+
+def master_urls(state_dir: Path) -> list[str]:
+    return (state_dir / MASTERS).read_text().split()
+
+
+def worker_names(state_dir: Path) -> list[str]:
+    return sorted(path.stem for path in state_dir.glob("*.pid"))
+
+
+def kill_worker(state_dir: Path, role: str) -> None:
+    """SIGKILL to all that `tokenmill serve` runs for this worker: its I/O process, whose engine goes with it, and other ranks. They are
+    started again."""
+    parent = int(_pid(state_dir, role).read_text())
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            pid, _, rest = stat.read_text().partition(" ")
+            if int(rest.rpartition(")")[2].split()[1]) == parent:
+                print(f"  SIGKILL to the {role} worker, process {pid}", flush=True)
+                os.kill(int(pid), signal.SIGKILL)
+
+
+def _bootstrap(url: str) -> list[str]:
+    with urllib.request.urlopen(f"{url}/bootstrap", timeout=10.0) as reply:
+        told = json.load(reply)
+    return ["--nats_url", told["nats_url"], "--redis_url", told["redis_url"]]
+
+
+@contextlib.contextmanager
+def _worker(role: str, model_dir: Path, state_dir: Path, what: list[str], variables: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", *what, "--model_dir", str(model_dir.resolve())]
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # a clone need not be installed
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": search}
+    environment = {**os.environ, **variables, "PYTHONUNBUFFERED": "1", "PYTHONPATH": search}
     with _log(state_dir, role).open("wb") as log:
         process = subprocess.Popen(command, cwd=state_dir, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+    _pid(state_dir, role).write_text(str(process.pid))
     try:
         yield process
     finally:
@@ -75,6 +156,10 @@ def _answers(url: str) -> bool:
 
 def _log(state_dir: Path, role: str) -> Path:
     return state_dir / f"{role}.log"
+
+
+def _pid(state_dir: Path, role: str) -> Path:
+    return state_dir / f"{role}.pid"
 
 
 @contextlib.contextmanager

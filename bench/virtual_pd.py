@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from bench.virtual_farm import VirtualClock, VirtualEngine, VirtualJob, add_command, scheduler_settings
-from coordinator.messages import KVLayout, pack_ids
+from coordinator.messages import KVLayout, KVRank, pack_ids
 from coordinator.sampling import SamplingParams
 from workers.engine_messages import Event, Imported, ImportSequence, Pinned, PoolAddress, Tokens
 from workers.mock_costs import MockCosts
@@ -70,7 +70,7 @@ class PdWorker:
             job_id=job.job_id, token_ids=pack_ids([*job.prompt, *job.output]), num_prompt=len(job.prompt),
             params=SamplingParams(max_new_tokens=job.num_output, ignore_eos=True), num_kv_tokens=pinned.num_tokens,
             page_ids=pinned.page_ids,
-            source=PoolAddress(address="", num_pages=1 << 30), layout=self._farm.layout))
+            source=PoolAddress(ranks=(KVRank(address=""),), num_pages=1 << 30), layout=self._farm.layout))
 
     def release(self, job_id: str) -> None:
         del self.jobs[job_id]

@@ -32,6 +32,8 @@ from coordinator.cluster_token import ENV, is_shown
 from coordinator.errors import ConfigError, TokenmillError, Unavailable
 from coordinator.farm_access import FarmAccess
 from coordinator.members import Membership, members
+from coordinator.planner import Objectives
+from coordinator.planning import Mode, Planning
 from coordinator.queue_record import QueueRecord, read_record
 from coordinator.queue_users import ROLES
 from coordinator.registry import registry
@@ -48,8 +50,8 @@ READ_TIMEOUT_S = 2.0
 class ConfigServer:
     """One process: its door, its view of Redis, and the watcher that it runs like every other process of the farm."""
 
-    def __init__(self, record_path: Path, url: str, token: str) -> None:
-        self._record_path, self._url, self._token = record_path, url, token
+    def __init__(self, record_path: Path, url: str, token: str, planner: Mode, objectives: Objectives) -> None:
+        self._record_path, self._url, self._token, self._planner, self._objectives = record_path, url, token, planner, objectives
         self._name = f"config-{os.urandom(NAME_BYTES).hex()}"
         self._started_at = time.time()
         self._bus: Bus | None = None
@@ -136,13 +138,14 @@ class ConfigServer:
         self._bus = await Bus.connect(urls.nats_url, self._name)
         watcher = Watcher(self._bus, self._store, self._name)
         membership = Membership(self._store, self._name, self._info)
-        watcher.start()
-        membership.start()
+        planning = Planning(self._bus, self._store, self._name, self._planner, self._objectives)
+        for part in (watcher, membership, planning):
+            part.start()
         try:
             yield
         finally:
-            await membership.close()
-            await watcher.close()
+            for part in (planning, membership, watcher):
+                await part.close()
             await self._bus.close()
             await self._store.close()
 
@@ -165,11 +168,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--record", required=True, help="file that says where the queue is (queue_record.py)")
     parser.add_argument("--tls_cert", default="")
     parser.add_argument("--tls_key", default="")
+    parser.add_argument("--planner", choices=["off", "advise", "act"], default="off")
+    parser.add_argument("--ttft_objective", type=float, default=2.0)
+    parser.add_argument("--tpot_objective", type=float, default=0.1)
     parser.add_argument("--log_level", default="warning")
     flags = parser.parse_args(argv)
     logging.basicConfig(level=flags.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     url = f"{'https' if flags.tls_cert else 'http'}://{flags.host}:{flags.port}"
-    server = ConfigServer(Path(flags.record), url, os.environ.get(ENV, ""))
+    server = ConfigServer(Path(flags.record), url, os.environ.get(ENV, ""), flags.planner,
+                          Objectives(ttft_s=flags.ttft_objective, tpot_s=flags.tpot_objective))
     config = uvicorn.Config(server.app(), host=flags.host, port=flags.port, log_config=None, log_level=flags.log_level, server_header=False,
                             access_log=False, lifespan="on", ssl_certfile=flags.tls_cert or None, ssl_keyfile=flags.tls_key or None)
     try:

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import nats.errors
 from nats.aio.client import Client
 
+from coordinator import tls
 from coordinator.errors import PayloadTooLarge, Unavailable
 from coordinator.queue_users import inbox_of
 
@@ -148,7 +149,8 @@ class Connection:
                 await self._client.connect(
                     servers=self._url.split(","), name=name, error_cb=self._report_error, disconnected_cb=self._lost,
                     reconnected_cb=self._restored, closed_cb=self._closed_for_good, max_reconnect_attempts=-1,
-                    reconnect_time_wait=0.25, ping_interval=10, inbox_prefix=inbox_of(urlsplit(self._url.split(",")[0]).username or ""))
+                    reconnect_time_wait=0.25, ping_interval=10, tls=tls.context_for(self._url),
+                    inbox_prefix=inbox_of(urlsplit(self._url.split(",")[0]).username or ""))
         except TimeoutError:
             self._is_closing = True
             await self._client.close()

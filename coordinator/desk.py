@@ -105,7 +105,7 @@ class Desk:
         try:
             body = await _receive(reader)
             if body is not None and not hmac.compare_digest(str(body.get("token", "")).encode(), self._token.encode()):
-                _refuse(writer, "the token is another one than node 0's: TOKENMILL_CLUSTER_TOKEN must be the same on all nodes")
+                _refuse(writer, "the token is another one than that of node 0: TOKENMILL_CLUSTER_TOKEN must be the same on all nodes")
             elif body is not None and body.get("op") == "node":
                 self._answer_node(writer, body)
             elif body is not None and body.get("op") == "join":

@@ -158,7 +158,7 @@ class NatsServer(_Server):
         if self._access.tls_cert:
             settings["tls"] = {"cert_file": self._access.tls_cert, "key_file": self._access.tls_key}
         if self._monitor_port is not None:
-            settings["http"] = f"{HOST}:{self._monitor_port or -1}"
+            settings["http"] = f"{self._access.host}:{self._monitor_port or -1}"
         return json.dumps(settings, indent=2, ensure_ascii=False)   # NATS reads JSON, but no \u escapes
 
     def _read_port(self, pid: int) -> bool:

@@ -10,6 +10,7 @@
     ├── Unavailable           NATS or Redis cannot be reached in time
     ├── Fenced                another worker took over: this incarnation must stop (subject)
     ├── LayoutMismatch        a KV handle was made by a worker with another model or cache layout
+    ├── Unreachable           a KV handle's pages: no way of transfer leads from here to the worker that holds them (worker, reason)
     ├── JobFailed             a job ended otherwise than with its whole answer (job_id, reason, error)
     ├── PagesExhausted        a sequence can never fit the KV pool (needed, free)
     └── ConfigError           a flag, a file or the environment is wrong: nothing was started
@@ -88,6 +89,15 @@ class LayoutMismatch(TokenmillError):
         self.field = field
         self.ours = ours
         self.theirs = theirs
+
+
+class Unreachable(TokenmillError):
+    """No way of transfer leads to the pages of a KV handle: another worker may have one."""
+
+    def __init__(self, worker: str, reason: str) -> None:
+        super().__init__(f"KV pages of {worker} cannot be fetched: {reason}")
+        self.worker = worker
+        self.reason = reason
 
 
 class JobFailed(TokenmillError):

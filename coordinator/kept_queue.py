@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from coordinator.cluster_token import ENV
@@ -27,10 +28,11 @@ class KeptQueue:
     running, for its successor. Raises ConfigError when they cannot be started.
     """
 
-    def __init__(self, state_dir: Path, host: str, nats_port: int, redis_port: int, token: str, tls: tuple[str, str] = ("", "")) -> None:
+    def __init__(self, state_dir: Path, host: str, token: str, flags: Mapping[str, str | int]) -> None:
+        """`flags` of the keeper: nats_port, redis_port, nats_monitor_port, tls_cert, tls_key."""
         self._state_dir = state_dir.absolute()
-        self._args = ["--state_dir", str(self._state_dir), "--host", host, "--nats_port", str(nats_port), "--redis_port", str(redis_port),
-                      "--tls_cert", tls[0], "--tls_key", tls[1]]
+        self._args = ["--state_dir", str(self._state_dir), "--host", host, *(part for name, value in flags.items()
+                                                                             for part in (f"--{name}", str(value)))]
         self._host, self._token = host, token
         self._process: subprocess.Popen[bytes] | None = None
         self.was_adopted = False

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO
 
 ENV = "TOKENMILL_LIFELINE_FD"
+DRAINED_STATUS = 3     # a worker that left because an operator said so: not to be started again
 
 
 def spawn(module: str, args: Sequence[str], *, output: IO[bytes] | None = None,

@@ -290,7 +290,10 @@ class Frame:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVLayout:
-    """What must be equal on both sides before one byte of KV cache moves. `row` is elements per token and layer, K and V together."""
+    """What must be equal on both sides before one byte of KV cache moves, but for `tp_size`: heads are split anew on the way.
+
+    `row` is elements per token and layer of the whole model, K and V together.
+    """
 
     model: str
     weights: str        # hash over config and weight files' names, sizes and heads
@@ -299,18 +302,27 @@ class KVLayout:
     row: int
     dtype: str
     page_size: int
-    tp_size: int = 1
+    tp_size: int = 1        # ranks that each hold a pool with the same page numbers
+    num_kv_heads: int = 1   # what `row` is split by over the ranks; a latent cache has one, which every rank holds whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVRank:
+    """How one rank's pool is reached: memory that processes of its host map, and the desk where any host asks for pages. "": not."""
+
+    address: str = ""
+    desk: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVSource:
-    """The process that holds the pages, and how to reach its pool (`address` belongs to the transport `transport`)."""
+    """The worker that holds the pages, and how its ranks are reached. `host` is coordinator.host_identity's: addresses mean nothing
+    on another."""
 
     worker: str
     incarnation: int
     host: str
-    transport: str
-    address: str
+    ranks: tuple[KVRank, ...]
     num_pages: int
     dp_rank: int = 0
 
@@ -351,6 +363,8 @@ class KVHandle:
             raise MalformedMessage("KV handle: fewer pages than tokens")
         if any(not 0 <= p < handle.source.num_pages for p in handle.page_ids):
             raise MalformedMessage("KV handle: a page outside of the source's pool")
+        if len(handle.source.ranks) != handle.layout.tp_size:
+            raise MalformedMessage("KV handle: another number of ranks than its layout has")
         return handle
 
 
@@ -420,6 +434,7 @@ def _forbid_extra(cls: Any) -> None:
 
 
 _forbid_extra(KVLayout)
+_forbid_extra(KVRank)
 _forbid_extra(KVSource)
 _HANDLE = _adapter(KVHandle)
 _FINAL = _adapter(FinalRecord)

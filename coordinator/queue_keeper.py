@@ -33,7 +33,7 @@ class Keeper:
         self._access = Access(host=flags.host, passwords=passwords_for(last, has_token), tls_cert=flags.tls_cert, tls_key=flags.tls_key)
         self._services = EmbeddedServices(
             flags.state_dir, flags.nats_port or (last.nats_port if last else 0), flags.redis_port or (last.redis_port if last else 0),
-            on_exit=self._restart, access=self._access)
+            nats_monitor_port=flags.nats_monitor_port or None, on_exit=self._restart, access=self._access)
 
     def run(self) -> None:
         """Raises ConfigError: ports taken, no binaries, another keeper on this directory."""
@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--nats_port", type=int, default=0)
     parser.add_argument("--redis_port", type=int, default=0)
+    parser.add_argument("--nats_monitor_port", type=int, default=0, help="0: none")
     parser.add_argument("--tls_cert", default="")
     parser.add_argument("--tls_key", default="")
     flags = parser.parse_args(argv)

@@ -15,14 +15,14 @@ from typing import Any
 ROLES = ("master", "worker", "client", "operator")
 ROLE_OF_MODE = {"normal": "operator", "pd_master": "master", "config_server": "master", "prefill": "worker", "decode": "worker"}
 REPLY_EXPIRES = "3700s"        # a question may wait as long as a job may take
-_SHARED = ["cancel.>", "control.>", "jobs.>", "$JS.ACK.>", "$JS.API.>"]      # jobs.>: clients' jobs, and what goes back to another lane
+_SHARED = ["cancel.>", "control.>", "jobs.>", "relief.>", "$JS.ACK.>", "$JS.API.>"]    # a worker's jobs.>: what goes to another lane
 _PUBLISH = {
     "master": [*_SHARED, "ask.>"],
     "worker": [*_SHARED, "out.>", "results.>", "handoff.>", "dlq.>", "roster.>", "kv.>"],
     "client": ["jobs.>", "cancel.*", "ask.*", "$JS.API.DIRECT.GET.RESULTS", "$JS.API.DIRECT.GET.RESULTS.>", "$JS.API.DIRECT.GET.OUT",
                "$JS.API.DIRECT.GET.OUT.>"],
 }
-_SUBSCRIBE = {"master": ["live.>", "results.>", "ask.>", "control.>"], "worker": ["cancel.>", "kv.>", "control.>"],
+_SUBSCRIBE = {"master": ["live.>", "results.>", "ask.>", "control.>"], "worker": ["cancel.>", "kv.>", "control.>", "relief.>"],
               "client": ["live.>", "results.*"]}
 _DENIED = ["$JS.API.STREAM.DELETE.>", "$JS.API.STREAM.PURGE.>", "$JS.API.STREAM.RESTORE.>", "$JS.API.STREAM.MSG.DELETE.>"]
 
@@ -32,8 +32,8 @@ def new_passwords() -> dict[str, str]:
 
 
 def inbox_of(user: str) -> str:
-    """The prefix of a user's inboxes; without users everybody has NATS' own."""
-    return f"_INBOX_{user}" if user else "_INBOX"
+    """The prefix of a user's inboxes. Clients have NATS' own, so that any library works as it is; so has everybody without a user."""
+    return f"_INBOX_{user}" if user in ("master", "worker", "operator") else "_INBOX"
 
 
 def nats_authorization(passwords: dict[str, str]) -> dict[str, Any]:

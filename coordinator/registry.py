@@ -18,10 +18,12 @@ async def registry(store: Store, model: str | None = None) -> dict[str, list[dic
 
 def worker_row(view: WorkerView) -> dict[str, Any]:
     info = view.info
-    return {"worker": view.worker, "incarnation": view.incarnation, "role": view.role, "model": info.get("model", ""),
+    return {"worker": view.worker, "incarnation": view.incarnation, "role": view.role,
+            "engine": info.get("engine", "model"), "model": info.get("model", ""), "device": info.get("device", ""),
+            "mps": info.get("mps", ""), "kv_transfer": info.get("kv_transfer", ""),
             "alive": view.is_alive, "lease_left_s": round(view.expires_in_s, 1), "claims": view.num_owned, "host": info.get("host", ""),
             "pid": info.get("pid", 0), "finished": info.get("finished", 0), "layout": info.get("layout", {}),
-            "state": info.get("state", "serving"), "stats": view.stats}
+            "state": info.get("state", "serving"), "stats": view.stats, "group": info.get("group")}
 
 
 def _member(view: MemberView) -> dict[str, Any]:

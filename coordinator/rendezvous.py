@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coordinator.errors import ConfigError, MalformedMessage, Unavailable
+from coordinator.group_plan import TOKEN_VARIABLE
 from coordinator.messages import decode_map, encode_map
 
 log = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ class Member:
         self._token = token
         self._sending = threading.Lock()
         self._broken = threading.Event()
+        self.expects_end = False    # all leave in order: that others went first is no news
         self.local_host: str = sock.getsockname()[0]   # an address of ours that the desk's node reaches
 
     @classmethod
@@ -135,7 +138,8 @@ class Member:
                     broken = Broken(rank=int(body["rank"]), why=str(body["why"]), text=str(body["text"]))
                     break
         self._broken.set()
-        on_broken(broken)
+        if not (self.expects_end and broken.why == DONE):
+            on_broken(broken)
 
     def _beat_forever(self) -> None:
         with contextlib.suppress(OSError):
@@ -148,35 +152,53 @@ class Member:
             send(self._sock, body)
 
 
-def ask_services(desk: str, token: str, *, node_rank: int, facts: dict[str, str]) -> dict[str, str]:
-    """What node 0 tells another node: URLs of NATS and Redis. Waits for it; raises ConfigError if the nodes' flags differ."""
+def ask_services(find_desk: Callable[[], str], token: str, *, node_rank: int, facts: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """Where node 0's desk is, and what it tells other nodes: URLs of NATS and Redis. `find_desk` is asked until one answers.
+
+    Waits for node 0; raises ConfigError if the nodes' flags differ.
+    """
+    told: str | None = None
     while True:
-        with contextlib.closing(connect(desk, "node 0")) as sock, contextlib.suppress(OSError):
-            send(sock, {"op": "node", "token": token, "node_rank": node_rank, "facts": facts})
-            body = receive(sock)
+        desk = find_desk()
+        try:
+            with contextlib.closing(_connect(desk)) as sock:
+                send(sock, {"op": "node", "token": token, "node_rank": node_rank, "facts": facts})
+                body = receive(sock)
             if body is not None and body.get("op") == "refused":
                 raise ConfigError(f"--node_rank {node_rank}: {body['reason']}")
             if body is not None and body.get("op") == "services":
-                return {"nats_url": str(body["nats_url"]), "redis_url": str(body["redis_url"])}
+                return desk, {"nats_url": str(body["nats_url"]), "redis_url": str(body["redis_url"])}
+        except (OSError, MalformedMessage) as error:
+            if told != desk:
+                where = desk or "an address that Redis does not know yet"
+                print(f"waiting for node 0 at {where} ({error}): --nccl_host and --nccl_port give it", file=sys.stderr, flush=True)
+                told = desk
         time.sleep(CONNECT_RETRY_S)
 
 
 def connect(desk: str, whom: str) -> socket.socket:
-    """Until somebody listens at `host:port`. Raises ConfigError on an address that is none."""
-    host, _, port = desk.rpartition(":")
+    """Until somebody listens at `host:port`. Raises ConfigError for a name that no address belongs to."""
     is_told = False
     while True:
         try:
-            sock = socket.create_connection((host.strip("[]"), int(port)), timeout=SILENCE_S)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock
-        except socket.gaierror as error:
-            raise ConfigError(f"--nccl_host {host}: {error.strerror}") from None
+            return _connect(desk)
         except OSError as error:
             if not is_told:
-                log.warning("waiting for %s at %s (%s): --nccl_host and --nccl_port name the node with --node_rank 0", whom, desk, error)
+                log.warning("waiting for %s at %s (%s)", whom, desk, error)
                 is_told = True
             time.sleep(CONNECT_RETRY_S)
+
+
+def _connect(desk: str) -> socket.socket:
+    host, _, port = desk.rpartition(":")
+    if not host:
+        raise OSError("nothing to connect to")
+    try:
+        sock = socket.create_connection((host.strip("[]"), int(port)), timeout=SILENCE_S)
+    except socket.gaierror as error:
+        raise ConfigError(f"--nccl_host {host}: {error.strerror}") from None
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
 
 
 def send(sock: socket.socket, body: dict[str, Any]) -> None:
@@ -211,6 +233,4 @@ def _exactly(sock: socket.socket, count: int) -> bytes | None:
 
 def token() -> str:
     """What `serve` left in the environment for its ranks."""
-    from coordinator.group_plan import TOKEN_VARIABLE
-
     return os.environ.get(TOKEN_VARIABLE, "")

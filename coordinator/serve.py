@@ -13,9 +13,10 @@ import urllib.request
 from pathlib import Path
 from types import FrameType
 
-from coordinator import cluster_token, lifeline, serve_flags, serve_ranks
+from coordinator import cluster_token, lifeline, serve_flags, serve_ranks, tls
 from coordinator.errors import ConfigError, TokenmillError
-from coordinator.rendezvous import PEER_STATUS
+from coordinator.process_state import StoppedFor
+from coordinator.rendezvous import PEER_STATUS, SILENCE_S
 from coordinator.serve_queue import FarmQueue, find_queue
 
 POLL_S = 0.1
@@ -33,6 +34,9 @@ class Child:
         self._args = args
         self._environment = environment
         self._deaths: list[float] = []
+        self._stopped = StoppedFor()
+        self.is_worker = module == "workers.worker"
+        self.has_left = False
         self.start()
 
     def start(self) -> None:
@@ -41,7 +45,11 @@ class Child:
     def restart_if_dead(self) -> None:
         """Raises TokenmillError when it keeps dying."""
         status = self.process.poll()
+        if self.has_left:
+            return
         if status is None:
+            if self._module == serve_ranks.FOLLOWER and self._stopped.seconds(self.process.pid) > SILENCE_S:
+                self.process.kill()  # its group is broken for its silence, and cannot form again while it is there
             return
         os.close(self._lifeline)
         if status in PEER_STATUS.values():  # its group broke, since another rank ended: that one's supervisor counts
@@ -49,6 +57,11 @@ class Child:
             return
         now = time.monotonic()
         self._deaths = [at for at in self._deaths if now - at < FAST_S] + [now]
+        if status == lifeline.DRAINED_STATUS:
+            self._lifeline = -1
+            self.has_left = True
+            print(f"{self.name} was drained and has left", file=sys.stderr, flush=True)
+            return
         if len(self._deaths) >= MAX_FAST_DEATHS or status == 2:
             self._lifeline = -1
             raise TokenmillError(f"{self.name} ended with status {status}")
@@ -95,13 +108,15 @@ def serve(flags: argparse.Namespace) -> int:
         try:
             port = _rest_port(flags)
             queue = find_queue(flags, _state_dir(flags), stack)
-            desk = serve_ranks.open_desk(flags, queue.urls.nats_url, queue.urls.redis_url, stack)
+            desk = serve_ranks.open_desk(flags, queue.urls_for_workers, stack)
             children = _start_children(flags, queue, port, desk, stack)
             _announce(flags, children, port)
             while True:
                 queue.watch()
                 for child in children:
                     child.restart_if_dead()
+                if (workers := [child for child in children if child.is_worker]) and all(child.has_left for child in workers):
+                    break    # drained, all of them: what else there is here has nobody to work for
                 time.sleep(POLL_S)
         except Stop:
             print(f"stopping: what runs may finish for {flags.drain_timeout:g} s; once more ends it at once (unfinished jobs stay in the "
@@ -134,7 +149,8 @@ def _rest_port(flags: argparse.Namespace) -> int:
         return bound
 
 
-def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, desk: str, stack: contextlib.ExitStack) -> list[Child]:
+def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, desk: serve_ranks.Meeting,
+                    stack: contextlib.ExitStack) -> list[Child]:
     children: list[Child] = []
 
     def stop_all() -> None:
@@ -154,35 +170,37 @@ def _start_children(flags: argparse.Namespace, queue: FarmQueue, port: int, desk
     stack.callback(stop_all)
     # URLs may carry passwords, and the token is one: neither belongs into a command line that everybody on the machine can read.
     environment = {**os.environ, "TOKENMILL_NATS_URL": queue.urls.nats_url, "TOKENMILL_REDIS_URL": queue.urls.redis_url,
-                   cluster_token.ENV: flags.cluster_token, "TOKENMILL_TLS_CA": flags.tls_ca}
+                   cluster_token.ENV: flags.cluster_token, tls.ENV: flags.tls_ca}
+    planner = ["--planner", flags.planner, "--ttft_objective", str(flags.ttft_objective), "--tpot_objective", str(flags.tpot_objective)]
     record = ["--queue_record", str(queue.record_path)] if queue.record_path is not None else []
     if flags.run_mode == "config_server":
         children.append(Child("config server", "coordinator.config_server", [
             "--host", flags.config_server_host, "--port", str(port), "--record", str(queue.record_path), "--tls_cert", flags.tls_cert,
-            "--tls_key", flags.tls_key, "--log_level", flags.log_level], environment))
+            "--tls_key", flags.tls_key, "--log_level", flags.log_level, *planner], environment))
         return children
-    common = ["--model_dir", flags.model_dir, "--model_name", flags.model_name,
-              "--max_req_total_len", str(flags.max_req_total_len), "--max_queued", str(flags.max_queued), "--prefix_affinity",
-              flags.prefix_affinity, "--disagg_min_tokens", str(flags.disagg_min_tokens), "--log_level", flags.log_level]
+    common = ["--model_dir", flags.model_dir, "--model_name", flags.model_name, "--max_req_total_len", str(flags.max_req_total_len),
+              "--max_queued", str(flags.max_queued), "--prefix_affinity", flags.prefix_affinity, "--disagg_min_tokens",
+              str(flags.disagg_min_tokens), "--log_level", flags.log_level]
     if port:
         children.append(Child("REST shim", "producers.rest", [
             *common, "--host", flags.host, "--port", str(port), "--max_body_bytes", str(flags.max_body_bytes),
             "--max_queued_tokens", str(flags.max_queued_tokens), "--max_tenant_jobs", str(flags.max_tenant_jobs),
             "--max_tenant_tokens", str(flags.max_tenant_tokens), "--api_keys_file", flags.api_keys_file,
             "--files_dir", flags.files_dir or str(_state_dir(flags) / "files"),
-            "--cors_origins", flags.cors_origins, "--tls_cert", flags.tls_cert, "--tls_key", flags.tls_key, *record,
+            "--cors_origins", flags.cors_origins, "--tls_cert", flags.tls_cert, "--tls_key", flags.tls_key, *record, *planner,
             *(["--insecure"] if flags.insecure else [])], environment))
     if flags.run_mode in ("normal", "prefill", "decode"):
         role = "both" if flags.run_mode == "normal" else flags.run_mode
-        for name, module, args in serve_ranks.processes(flags, role, [*common, *_worker_args(flags, role)], desk):
-            children.append(Child(name, module, args, environment))
+        for name, module, args in serve_ranks.processes(flags, role, [*common, *_worker_args(flags, role)], desk.address):
+            children.append(Child(name, module, args, {**environment, **desk.environment}))
     return children
 
 
 def _worker_args(flags: argparse.Namespace, role: str) -> list[str]:
     args = ["--role", role, "--drain_timeout", str(flags.drain_timeout), "--load_workers", str(flags.load_workers)]
     for name in ("device", "data_type", "max_total_token_num", "mem_fraction", "running_max_req_size", "chunked_prefill_size", "page_size",
-                 "num_threads", "graph_max_batch_size", "engine_stall_s", "worker_id", "engine", "mock_costs", "handoff_same_host"):
+                 "num_threads", "graph_max_batch_size", "engine_stall_s", "worker_id", "kv_transfer", "kv_host", "engine", "mock_costs",
+                 "handoff_same_host"):
         if (value := getattr(flags, name)) != "":
             args += [f"--{name}", str(value)]
     return args + [f"--{name}" for name in ("disable_dynamic_prompt_cache", "disable_cudagraph", "enable_fa3") if getattr(flags, name)]
@@ -199,6 +217,7 @@ def _announce(flags: argparse.Namespace, children: list[Child], port: int) -> No
         for child in children:
             child.restart_if_dead()
         time.sleep(POLL_S)
+    host = socket.gethostname() if host in ("0.0.0.0", "::") else host
     if flags.run_mode == "config_server":
         print(f"\nconfig_server ready: {url}\npd_master, prefill and decode join with  --config_server_host {host} "
               f"--config_server_port {port}\n", flush=True)

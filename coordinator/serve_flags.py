@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from coordinator import group_plan, serve_doors, serve_ranks
+from coordinator import group_plan, serve_doors, serve_ranks, tls
 from coordinator.cluster_token import ENV, LEAST_CHARS, is_loopback
 from coordinator.errors import ConfigError
 
@@ -38,10 +38,11 @@ def parse(argv: list[str], environment: Mapping[str, str] = os.environ) -> argpa
     flags.api_key = environment.get("TOKENMILL_API_KEY", "")
     flags.nats_url = flags.nats_url or environment.get("TOKENMILL_NATS_URL", "")
     flags.redis_url = flags.redis_url or environment.get("TOKENMILL_REDIS_URL", "")
-    flags.tls_ca = flags.tls_ca or environment.get("TOKENMILL_TLS_CA", "")
+    flags.tls_ca = flags.tls_ca or environment.get(tls.ENV, "")
     flags.cluster_token = _cluster_token(flags, environment)
     if flags.run_mode == "config_server":
         flags.config_server_host = flags.config_server_host or flags.host
+    flags.kv_transfer = _kv_transfer(flags.kv_transfer, environment)
     _refuse_what_is_not_there(flags, environment)
     return flags
 
@@ -63,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--nats_url", default="", help="use this NATS instead of an embedded one")
     add("--redis_url", default="", help="use this Redis or Valkey instead of an embedded one")
     add("--nats_port", type=int, default=0, help="port of the embedded NATS; 0 picks a free one")
+    add("--nats_monitor_port", type=int, default=0, help="config_server, pd_master: also open NATS' monitoring port, for KEDA and "
+        "dashboards (it shows names and counts to everybody; default: closed)")
     add("--redis_port", type=int, default=0, help="port of the embedded Valkey; 0 picks a free one")
     add("--insecure", action="store_true", help="allow a bind address that is not loopback, without keys or TLS")
     add("--api_keys_file", default="", help="REST wants a key of this file (tokenmill keys create); needed unless --host is loopback")
@@ -106,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--ep_exchange", default="auto", help="MOE_MODE=EP, how tokens travel: exact, padded, deepep or auto (default: %(default)s)")
     add("--ep_redundant_experts", type=int, default=0, help="MOE_MODE=EP: slots per rank for copies of experts in demand (default: 0)")
     add("--ep_rebalance_steps", type=int, default=0, help="MOE_MODE=EP: steps after which experts move by load; 0: never (default: 0)")
+    add("--one_shot_all_reduce_bytes", type=int, default=0,
+        help="GPUs that reach each other's memory: sums of up to so many bytes in one kernel of ours; 0: all by NCCL (default: 0)")
     add("--mtp_mode", default=None, help="not in this version")
     add("--mtp_step", type=int, default=0, help="not in this version")
 
@@ -113,14 +118,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--pd_master_ip", default="", help="prefill, decode: where the pd_master is")
     add("--pd_master_port", type=int, default=0, help="its REST port (default: 1212, 60011 or 8000, whichever answers)")
     add("--worker_id", default="", help="name of this worker in the farm (default: role and process id)")
+    add("--kv_transfer", choices=["auto", "mapped", "collective"], default="",
+        help="how keys and values are handed over. mapped: memory of this host (CUDA IPC between GPUs). collective: NCCL or gloo, from "
+             "any host. auto: mapped where it can be (default; KV_TRANS_USE_P2P=0 makes it collective)")
+    add("--kv_host", default="", help="prefill: the address where decode workers of other hosts fetch keys and values (default: the one "
+        "towards NATS)")
     add("--nnodes", type=int, default=1, help="nodes that the ranks are spread over, in order (default: %(default)s)")
     add("--node_rank", type=int, default=0, help="which of them this is; node 0 has the REST port and the queue (default: %(default)s)")
-    add("--nccl_host", default="127.0.0.1", help="address of node 0, where ranks of all nodes meet (default: %(default)s)")
+    add("--nccl_host", default="", help="address of node 0, where ranks of all nodes meet (default: with --redis_url it is found through "
+        "Redis, else 127.0.0.1)")
     add("--nccl_port", type=int, default=0, help="port there (default: 28765; with one node any free one)")
     add("--config_server_host", default="", help="config_server: address to bind. Others: where config servers are, several separated by "
         "commas, each with a port of its own if it has one (a,b:60089)")
     add("--config_server_port", type=int, default=CONFIG_SERVER_PORT, help="(default: %(default)s)")
     add("--join", default="", help="config_server: take part in the queue of the config servers at these HOST:PORT, separated by commas")
+
+    add("--planner", choices=["off", "advise", "act"], default="off", help="config_server, or the only pd_master: watch queues and "
+        "latencies, and propose (advise) or order (act) that workers change their roles (default: %(default)s)")
+    add("--ttft_objective", type=float, default=2.0, help="planner: seconds to the first token, p90 (default: %(default)s)")
+    add("--tpot_objective", type=float, default=0.1, help="planner: seconds per token after it, p90 (default: %(default)s)")
 
     add = parser.add_argument_group("secrets and certificates").add_argument
     add("--cluster_token", default="", help="the secret that all processes of a farm share (better in the environment or in a file: what "
@@ -149,6 +165,16 @@ def _load_workers(environment: Mapping[str, str]) -> int:
     if not given.isdigit() or int(given) < 1:
         raise ConfigError(f"LOADWORKER={given!r}: must be a number of threads, at least 1")
     return int(given)
+
+
+def _kv_transfer(given: str, environment: Mapping[str, str]) -> str:
+    """LightLLM's KV_TRANS_USE_P2P asks for CUDA IPC where our flag is not given; one that contradicts the flag is refused."""
+    p2p = environment.get("KV_TRANS_USE_P2P", "")
+    if p2p not in ("", "0", "1"):
+        raise ConfigError(f"KV_TRANS_USE_P2P={p2p!r}: must be 0 or 1")
+    if (p2p == "1" and given == "collective") or (p2p == "0" and given == "mapped"):
+        raise ConfigError(f"KV_TRANS_USE_P2P={p2p} contradicts --kv_transfer {given}: give one of them")
+    return given or ("collective" if p2p == "0" else "auto")
 
 
 def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[str, str]) -> None:
@@ -184,8 +210,8 @@ def _refuse_what_is_not_there(flags: argparse.Namespace, environment: Mapping[st
         raise ConfigError(f"--model_dir {flags.model_dir}: there is no config.json in it")
     if flags.api_keys_file and not Path(flags.api_keys_file).is_file():
         raise ConfigError(f"--api_keys_file {flags.api_keys_file}: there is no such file; `tokenmill keys create` makes one")
-    is_door = flags.run_mode in ("normal", "pd_master") and not serve_ranks.is_other_node(flags)
-    if is_door and not flags.api_keys_file and not flags.insecure and not is_loopback(flags.host):
+    serves_rest = flags.run_mode in ("normal", "pd_master") and not serve_ranks.is_other_node(flags)
+    if serves_rest and not flags.api_keys_file and not flags.insecure and not is_loopback(flags.host):
         raise ConfigError(f"--host {flags.host}: not a loopback address: give --api_keys_file (tokenmill keys create), or say --insecure")
 
 

@@ -1,6 +1,6 @@
 """Where the processes of one `tokenmill serve` find their queue: given, asked for, or started here. One decision per run mode.
 
-    normal          servers of its own, which end with it; on several nodes a queue that node 0 keeps and tells the others
+    normal          servers of its own, which end with it; of several nodes node 0 keeps them as a config server does, the others ask it
     config_server   servers of its own in the care of a keeper that outlives it, those of another config server (--join), or given URLs
     pd_master       asks the config servers; without any it keeps a queue as a config server does
     prefill,decode  ask the config servers or the pd_master
@@ -17,9 +17,10 @@ from coordinator import bootstrap, queue_users, serve_ranks
 from coordinator.bootstrap import Doors
 from coordinator.embedded import EmbeddedServices
 from coordinator.kept_queue import KeptQueue
-from coordinator.queue_record import FILE, QueueRecord, QueueUrls
+from coordinator.queue_record import FILE, QueueRecord, QueueUrls, read_record
 
 PD_MASTER_PORTS = (1212, 60011, 8000)    # LightLLM's default, the guide's, ours: tried in turn when --pd_master_port is not given
+KEEPER_FLAGS = ("nats_port", "redis_port", "nats_monitor_port", "tls_cert", "tls_key")
 JOINED_FILE = "joined.json"
 
 
@@ -34,6 +35,12 @@ class FarmQueue:
     record_path: Path | None = None
     watch: Callable[[], object] = lambda: None
 
+    @property
+    def urls_for_workers(self) -> QueueUrls:
+        """What other nodes of this worker get."""
+        record = read_record(self.record_path) if self.record_path is not None else None
+        return self.urls if record is None else record.urls("worker")
+
 
 def find_queue(flags: argparse.Namespace, state_dir: Path, stack: contextlib.ExitStack) -> FarmQueue:
     """Raises ConfigError. Waits for doors that are asked, for ever."""
@@ -42,15 +49,14 @@ def find_queue(flags: argparse.Namespace, state_dir: Path, stack: contextlib.Exi
     if flags.nats_url:
         return FarmQueue(urls=QueueUrls(nats_url=flags.nats_url, redis_url=flags.redis_url))
     if serve_ranks.is_other_node(flags):
-        nats_url, redis_url = serve_ranks.ask_node_0(flags)
-        return FarmQueue(urls=QueueUrls(nats_url=nats_url, redis_url=redis_url))
+        return FarmQueue(urls=serve_ranks.ask_node_0(flags))
     role = queue_users.ROLE_OF_MODE[flags.run_mode]
     if flags.config_server_host or flags.run_mode in ("prefill", "decode"):
         return FarmQueue(urls=bootstrap.wait_for_queue(doors(flags), role))
     if flags.run_mode == "pd_master":
         return _kept(flags, flags.host, state_dir, role, stack)
     if flags.nnodes > 1:
-        return _kept(flags, flags.nccl_host, state_dir, role, stack)
+        return _kept(flags, flags.nccl_host or "127.0.0.1", state_dir, role, stack)
     return _embedded(flags, state_dir, stack)
 
 
@@ -80,7 +86,7 @@ def _of_config_server(flags: argparse.Namespace, state_dir: Path, stack: context
 
 
 def _kept(flags: argparse.Namespace, host: str, state_dir: Path, role: str, stack: contextlib.ExitStack) -> FarmQueue:
-    kept = KeptQueue(state_dir, host, flags.nats_port, flags.redis_port, flags.cluster_token, (flags.tls_cert, flags.tls_key))
+    kept = KeptQueue(state_dir, host, flags.cluster_token, {name: getattr(flags, name) for name in KEEPER_FLAGS})
     kept.start()
     stack.callback(kept.stop)
     if kept.was_adopted:

@@ -6,16 +6,23 @@
 
 import argparse
 import contextlib
-import os
+import logging
 import secrets
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
-from coordinator import rendezvous
-from coordinator.cluster_token import ENV, is_loopback
+from coordinator import desk_record, rendezvous
+from coordinator.cluster_token import is_loopback
 from coordinator.desk import Desk
-from coordinator.errors import ConfigError
+from coordinator.errors import ConfigError, Unavailable
 from coordinator.group_plan import DEFAULT_PORT, TOKEN_VARIABLE, GroupPlan
+from coordinator.queue_record import QueueUrls
 
-FLAGS = ("ep_exchange", "ep_redundant_experts", "ep_rebalance_steps")
+log = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+FOLLOWER = "workers.follower"
+FLAGS = ("ep_exchange", "ep_redundant_experts", "ep_rebalance_steps", "one_shot_all_reduce_bytes")
 SWITCHES = ("enable_prefill_microbatch_overlap", "enable_decode_microbatch_overlap")
 
 
@@ -27,9 +34,17 @@ def plan_of(flags: argparse.Namespace) -> GroupPlan:
     for name in SWITCHES:
         if getattr(flags, name) and plan.is_one_rank:
             raise ConfigError(f"--{name}: one rank exchanges no tokens with anybody: there is nothing to overlap (--tp, MOE_MODE=EP)")
-    if plan.nnodes > 1 and not flags.cluster_token and not flags.insecure and not is_loopback(flags.nccl_host):
-        raise ConfigError(f"--nccl_host {flags.nccl_host}: not a loopback address: set {ENV} to the same secret on all "
-                          "nodes, or say --insecure")
+    for name in FLAGS:
+        if plan.is_one_rank and getattr(flags, name) not in ("auto", 0):
+            raise ConfigError(f"--{name} {getattr(flags, name)}: there is one rank: it has all experts and nothing to sum up (--tp)")
+    host = _host_of_node_0(flags)
+    if plan.nnodes > 1 and not is_loopback(host):
+        if not flags.cluster_token and not flags.insecure:
+            raise ConfigError(f"--nccl_host {host}: not a loopback address: give a cluster token (TOKENMILL_CLUSTER_TOKEN or "
+                              "--cluster_token_file), the same one on all nodes, or say --insecure")
+        for name in ("nats_url", "redis_url"):
+            if is_loopback(urlsplit(getattr(flags, name)).hostname or ""):
+                raise ConfigError(f"--{name} names a loopback address, which node 1 does not reach")
     return plan
 
 
@@ -38,24 +53,40 @@ def is_other_node(flags: argparse.Namespace) -> bool:
     return bool(flags.node_rank)
 
 
-def ask_node_0(flags: argparse.Namespace) -> tuple[str, str]:
-    """URLs of NATS and Redis. Waits for node 0; raises ConfigError when the nodes' flags differ."""
-    found = rendezvous.ask_services(_desk_address(flags), flags.cluster_token, node_rank=flags.node_rank, facts=_node_facts(flags))
-    return found["nats_url"], found["redis_url"]
+def ask_node_0(flags: argparse.Namespace) -> QueueUrls:
+    """Waits for node 0; raises ConfigError when the nodes' flags differ."""
+    return _ask(flags)[1]
 
 
-def open_desk(flags: argparse.Namespace, nats_url: str, redis_url: str, stack: contextlib.ExitStack) -> str:
-    """Where this node's ranks join; "" for one rank. Leaves the token for them in the environment."""
+def _ask(flags: argparse.Namespace) -> tuple[str, QueueUrls]:
+    desk, found = rendezvous.ask_services(lambda: _desk_address(flags), flags.cluster_token, node_rank=flags.node_rank,
+                                          facts=_node_facts(flags))
+    return desk, QueueUrls(**found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meeting:
+    """Where this node's ranks meet all others, and what they need in their environment for it."""
+
+    address: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def open_desk(flags: argparse.Namespace, urls: QueueUrls, stack: contextlib.ExitStack) -> Meeting:
+    """`urls` are told to other nodes."""
     plan = plan_of(flags)
     if plan.is_one_rank:
-        return ""
-    token = os.environ[TOKEN_VARIABLE] = flags.cluster_token if plan.nnodes > 1 else secrets.token_hex(16)
+        return Meeting()
+    token = flags.cluster_token if plan.nnodes > 1 else secrets.token_hex(16)
+    environment = {TOKEN_VARIABLE: token}
     if plan.node_rank:
-        return _desk_address(flags)
-    host, port = (flags.nccl_host, flags.nccl_port or DEFAULT_PORT) if plan.nnodes > 1 else ("127.0.0.1", flags.nccl_port)
-    desk = Desk(host, port, token, services={"nats_url": nats_url, "redis_url": redis_url}, facts=_node_facts(flags))
+        return Meeting(address=_ask(flags)[0], environment=environment)
+    host, port = (_host_of_node_0(flags), flags.nccl_port or DEFAULT_PORT) if plan.nnodes > 1 else (LOOPBACK, flags.nccl_port)
+    desk = Desk(host, port, token, services={"nats_url": urls.nats_url, "redis_url": urls.redis_url}, facts=_node_facts(flags))
     stack.enter_context(desk)
-    return desk.address
+    if _is_met_through_redis(flags):
+        desk_record.tell(flags.redis_url, _group_name(flags), desk.address)
+    return Meeting(address=desk.address, environment=environment)
 
 
 def processes(flags: argparse.Namespace, role: str, args: list[str], desk: str) -> list[tuple[str, str, list[str]]]:
@@ -75,12 +106,31 @@ def processes(flags: argparse.Namespace, role: str, args: list[str], desk: str) 
                 mine += ["--worker_id", f"{flags.worker_id}-{plan.dp_rank(rank)}"]
             found.append((f"{role} worker, rank {rank}", "workers.worker", mine))
         else:
-            found.append((f"rank {rank}", "workers.follower", mine))
+            found.append((f"rank {rank}", FOLLOWER, mine))
     return found
 
 
+def _is_met_through_redis(flags: argparse.Namespace) -> bool:
+    return flags.nnodes > 1 and bool(flags.redis_url) and not flags.nccl_host
+
+
+def _host_of_node_0(flags: argparse.Namespace) -> str:
+    return desk_record.own_address(flags.redis_url) if _is_met_through_redis(flags) else flags.nccl_host or LOOPBACK
+
+
 def _desk_address(flags: argparse.Namespace) -> str:
-    return f"{flags.nccl_host}:{flags.nccl_port or DEFAULT_PORT}"
+    """"" while Redis does not know it."""
+    if not _is_met_through_redis(flags):
+        return f"{flags.nccl_host or LOOPBACK}:{flags.nccl_port or DEFAULT_PORT}"
+    try:
+        return desk_record.find(flags.redis_url, _group_name(flags))
+    except Unavailable as error:
+        log.warning("%s", error)
+        return ""
+
+
+def _group_name(flags: argparse.Namespace) -> str:
+    return flags.worker_id or f"{flags.model_name}-{flags.run_mode}"
 
 
 def _node_facts(flags: argparse.Namespace) -> dict[str, str]:

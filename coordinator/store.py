@@ -1,4 +1,4 @@
-"""Who is alive and who owns which job: the only module that speaks Redis.
+"""Who is alive and who owns which job: the only module that speaks Redis (over the connections of redis_pool.py).
 
 Every change is one Lua script, atomic and fenced by (epoch, owner); docs/protocol.md has the rules and what each field is for. All keys
 share one hash tag, so that they live in one slot of a cluster. Time is the server's (TIME), never a client's clock.
@@ -14,17 +14,14 @@ share one hash tag, so that they live in one slot of a cluster. Time is the serv
 """
 
 import logging
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgpack
-import redis.asyncio as redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from coordinator import redis_pool
 from coordinator.errors import FarmMismatch, QueueFull, Unavailable
 from coordinator.store_scripts import HEAD, SCRIPTS
 
@@ -35,7 +32,6 @@ LEASE_S = 5.0
 JOB_TTL_S = 24 * 3600
 COMMON_LAYOUT = ("weights", "kind", "num_layers", "row", "dtype", "page_size")   # of KVLayout: equal in all workers of a model
 DONE_TTL_S = 3600
-SOCKET_TIMEOUT_S = 1.0
 REDIS_FAILURES = (RedisError, OSError, RuntimeError)   # uvloop raises RuntimeError when a connection closes under a write
 
 ClaimState = Literal["granted", "owned", "done", "wait", "need_roster", "lapsed"]
@@ -155,18 +151,15 @@ class Store:
     """Leases, claims and views. Every method raises Unavailable when Redis does not answer; the caller's state is then unchanged."""
 
     def __init__(self, url: str, *, lease_s: float = LEASE_S) -> None:
-        self.url = re.sub(r"//[^/@]*@", "//", url)    # for messages
+        self.url = redis_pool.without_password(url)
         self.lease_s = lease_s
-        # Protocol 2: with 3 the library hands out idle connections that a restarted server has closed.
-        pool = redis.BlockingConnectionPool.from_url(url, max_connections=32, timeout=5, socket_timeout=SOCKET_TIMEOUT_S, protocol=2,
-                                                     socket_connect_timeout=SOCKET_TIMEOUT_S, retry=Retry(NoBackoff(), 0))
-        self._redis = redis.Redis(connection_pool=pool)
+        self._connections = redis_pool.connect(url)
+        self._redis = self._connections.client
         self._scripts = {name: self._redis.register_script(HEAD + body) for name, body in SCRIPTS.items()}
         self._lease_ms = str(int(lease_s * 1000))
 
     async def close(self) -> None:
-        await self._redis.aclose()
-        await self._redis.connection_pool.disconnect()
+        await self._connections.close()
 
     async def ping(self) -> None:
         try:
@@ -330,6 +323,13 @@ class Store:
     async def job(self, job_id: str) -> dict[str, str]:
         """The job's record, {} when there is none."""
         return await self.hash(f"job:{job_id}")
+
+    async def note_desk(self, group: str, address: str) -> None:
+        """Where the ranks of a group meet (desk_record.py); read by `hash("desks")`."""
+        try:
+            await self._redis.hset(self._key("desks"), group, address)
+        except REDIS_FAILURES as error:
+            raise Unavailable(f"Redis at {self.url}: {error}") from None
 
     async def hash(self, name: str) -> dict[str, str]:
         """A whole record by the name of its key, {} when there is none."""

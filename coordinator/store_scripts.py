@@ -5,8 +5,8 @@ Every script gets KEYS {meta, leases, …} and ARGV {lease in ms, …}; the comm
 
 from coordinator.answer_scripts import ANSWER_SCRIPTS
 from coordinator.batch_scripts import BATCH_SCRIPTS
-from coordinator.member_scripts import MEMBER_SCRIPTS
 from coordinator.prefix_scripts import PREFIX_SCRIPTS
+from coordinator.view_scripts import VIEW_SCRIPTS
 
 # Head of every script: the server's clock, and the era. Another server process (restart, failover, restore) or missing meta data means
 # that anything may have been lost: a new era begins, in whose first lease (grace) living owners say again what they own. A Redis that
@@ -369,5 +369,5 @@ SCRIPTS = {
     "take_back": _TAKE_BACK, "finish": _FINISH, "give_up": _GIVE_UP, "try": _TRY, "admit": _ADMIT, "reader": _READER, "stale": _STALE,
     "discharge": _DISCHARGE, "assert": _ASSERT, "retire": _RETIRE, "orphans": _ORPHANS,
     "bury": _BURY, "lead": _LEAD, "cancel": _CANCEL, "view": _VIEW,
-    **BATCH_SCRIPTS, **ANSWER_SCRIPTS, **MEMBER_SCRIPTS, **PREFIX_SCRIPTS,
+    **BATCH_SCRIPTS, **ANSWER_SCRIPTS, **PREFIX_SCRIPTS, **VIEW_SCRIPTS,
 }

@@ -4,10 +4,10 @@ import zlib
 
 JOBS, HANDOFF, OUT, RESULTS, DLQ, ROSTER = "JOBS", "HANDOFF", "OUT", "RESULTS", "DLQ", "ROSTER"
 ANY_LANE = "any"
+BACKGROUND_LANE = "background"   # handles of the last class: taken when no other waits
 LOCAL_LANE = "local"             # short prompts, prefilled by whichever decode worker has room
 HOST_LANE = "h-"                 # so begins a lane of HANDOFF for one host
 WORKER_LANE = "w-"               # a lane of one worker's own begins so
-BACKGROUND_LANE = "background"   # handles of the last class: taken when no other waits
 NUM_TENANT_LANES = 8             # jobs of a tenant queue in one of these, and workers take from them in turn
 ACK_WAIT_S = 5.0                 # as long as a lease: so is a message back whose receiver died before it claimed
 MAX_ACK_PENDING = 1_000_000      # nats-server's default of 1,000 stalls silently
@@ -122,3 +122,8 @@ def ask(model: str) -> str:
 
 def kv(worker: str, incarnation: int) -> str:
     return f"kv.{worker}.{incarnation}"
+
+
+def control(worker: str) -> str:
+    """Orders to one worker, whatever its incarnation."""
+    return f"control.{worker}"

@@ -146,6 +146,7 @@ def _place(ids, counts, sorted_rows, block_experts, num_rows, num_blocks, NUM_EX
             tl.store(block_experts + block + bins, expert, mask=block + bins < end_block)
             block += BINS
         slot = first_block * BLOCK_M + num_own
+        fill = tl.arange(0, TILE)
         while slot < end_block * BLOCK_M:
-            tl.store(sorted_rows + slot + bins, num_rows, mask=slot + bins < end_block * BLOCK_M)
-            slot += BINS
+            tl.store(sorted_rows + slot + fill, num_rows, mask=slot + fill < end_block * BLOCK_M)
+            slot += TILE

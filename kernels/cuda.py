@@ -10,6 +10,7 @@ from kernels import router, skinny_linear
 from kernels.align import allocate
 from kernels.attention import MlaWeights
 from kernels.block_fp8 import BlockFp8
+from kernels.combined_product import combined_product
 from kernels.device_plan import DevicePlan
 from kernels.fp8_linear import Fp8Linear
 from kernels.gather_latents import gather_latents
@@ -19,7 +20,7 @@ from kernels.gqa_store import gqa_rope_store
 from kernels.head_product import MOST_TOKENS as MOST_BY_HEADS
 from kernels.head_product import head_product
 from kernels.linear import Linear, plain_linear
-from kernels.mla_decode import mla_decode
+from kernels.mla_decode import mla_decode, mla_decode_parts
 from kernels.mla_prefill import mla_prefill
 from kernels.mla_store import mla_norm_rope_store
 from kernels.norm import add_rms_norm, rms_norm
@@ -116,9 +117,12 @@ def attend_mla(q: Tensor, cache: Tensor, plan: DevicePlan, weights: MlaWeights, 
     out = torch.empty(q.shape[0], num_heads, weights.w_uv.shape[1], dtype=q.dtype, device=q.device)
     if num_decodes:
         nope, rotated = q[:num_decodes].tensor_split((weights.w_uk.shape[1],), -1)
-        absorbed = _by_heads(nope, weights.w_uk)
-        attended = mla_decode(absorbed, rotated, cache, plan.page_table, plan.seq_lens, plan.schedule, scale, plan.page_size)
-        _by_heads(attended, weights.w_uv.transpose(1, 2), out[:num_decodes])
+        absorbed, w_uv = _by_heads(nope, weights.w_uk), weights.w_uv.transpose(1, 2)
+        inputs = absorbed, rotated, cache, plan.page_table, plan.seq_lens, plan.schedule, scale, plan.page_size
+        if num_decodes <= MOST_BY_HEADS:
+            combined_product(*mla_decode_parts(*inputs, is_settled=True), plan.seq_lens, plan.schedule, w_uv, out[:num_decodes])
+        else:
+            _by_heads(mla_decode(*inputs, is_settled=True), w_uv, out[:num_decodes])
     for part in plan.chunks:
         latents = gather_latents(cache, part.page_table, part.cu_k, part.num_keys, part.max_k, plan.page_size)
         kv = torch.mm(latents[:, :latent_dim], weights.kv_b.view(-1, latent_dim).t()).view(part.num_keys, num_heads, per_head)

@@ -3,7 +3,7 @@
 Knows nothing of how experts were chosen. Shared experts are further experts that every token has in its list.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,11 +11,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, libdevice
+from triton.language.extra.cuda import libdevice
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.align import Aligned, align
-from kernels.launch import IS_INTERPRETED, dot_dtype, num_programs
+from kernels.launch import IS_INTERPRETED, OVERLAPS, dot_dtype, num_programs, wait_for_earlier
 
 INTERPRETED = tl.constexpr(IS_INTERPRETED)
 
@@ -42,31 +42,34 @@ class Tile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """overlaps: the second product's programs start as the first one's end, and fetch their first weights into the L2 cache."""
+    """prefetches: the second product's programs, which start as the first one's end, fetch their first weights into the L2 cache."""
 
     block_m: int
     gate_up: Tile
     down: Tile
-    overlaps: bool = False
+    prefetches: bool = False
 
 
-def _both(block_m: int, tile: Tile, *, overlaps: bool = False) -> Config:
-    return Config(block_m=block_m, gate_up=tile, down=tile, overlaps=overlaps)
+def _both(block_m: int, tile: Tile, *, prefetches: bool = False) -> Config:
+    return Config(block_m=block_m, gate_up=tile, down=tile, prefetches=prefetches)
 
 
 NARROW = Tile(block_n=64, block_k=128, num_warps=4, num_stages=5)
 SWAPPED = Tile(block_n=64, block_k=128, num_warps=4, num_stages=5, is_swapped=True, uses_tma=True)
 WIDE = Tile(block_n=128, block_k=128, num_warps=4, num_stages=4)
+WIDE_SWAPPED = Tile(block_n=128, block_k=128, num_warps=4, num_stages=4, is_swapped=True, uses_tma=True)
 MIDDLE = Tile(block_n=128, block_k=64, num_warps=4, num_stages=4, uses_tma=True)
 TALL = Tile(block_n=256, block_k=64, num_warps=8, num_stages=4, uses_tma=True)
+SLIM = Tile(block_n=256, block_k=64, num_warps=4, num_stages=3, uses_tma=True)
 LARGE = Tile(block_n=256, block_k=64, num_warps=8, num_stages=4, group_m=8, uses_tma=True)
 PLAIN = Tile(block_n=128, block_k=64, num_warps=8, num_stages=3, group_m=8)
 
-# By model, the largest step that a config is for: the fastest of `bench.tune` on an H200.
+# By model, the largest step that a config is for: the fastest of `bench.tune`, V2-Lite's on an H100, V3's on an H200.
 Table = tuple[tuple[float, Config], ...]
 V2_LITE: Table = (
-    (64, Config(block_m=16, gate_up=SWAPPED, down=NARROW)), (128, _both(64, MIDDLE)), (512, Config(block_m=64, gate_up=TALL, down=MIDDLE)),
-    (float("inf"), _both(128, LARGE)))
+    (64, Config(block_m=16, gate_up=SWAPPED, down=NARROW)), (128, Config(block_m=32, gate_up=WIDE, down=WIDE_SWAPPED)),
+    (512, Config(block_m=64, gate_up=SLIM, down=MIDDLE)),
+    (float("inf"), Config(block_m=128, gate_up=replace(LARGE, group_m=4), down=LARGE)))
 V3: Table = (
     (64, Config(block_m=16, gate_up=SWAPPED, down=NARROW)), (256, Config(block_m=32, gate_up=SWAPPED, down=NARROW)),
     (512, Config(block_m=64, gate_up=TALL, down=MIDDLE)), (float("inf"), _both(128, LARGE)))
@@ -111,8 +114,8 @@ def experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tens
     if aligned.block_m != config.block_m:
         raise ValueError(f"experts: rows are sorted in blocks of {aligned.block_m}, the config has blocks of {config.block_m}")
     h = x.new_empty(aligned.sorted_rows.shape[0], inner)
-    _launch(_gate_up, config.gate_up, x, gate_up, h, weights, aligned, top_k, overlaps=config.overlaps)
-    _launch(_down, config.down, h, down, out, weights, aligned, top_k, overlaps=config.overlaps)
+    _launch(_gate_up, config.gate_up, x, gate_up, h, weights, aligned, top_k, prefetches=config.prefetches)
+    _launch(_down, config.down, h, down, out, weights, aligned, top_k, prefetches=config.prefetches)
     return out
 
 
@@ -127,7 +130,7 @@ def experts_reference(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, wei
 
 
 def _launch(kernel: Any, tile: Tile, rows: Tensor, weight: Tensor, out: Tensor, row_weights: Tensor, aligned: Aligned, top_k: int, *,
-            overlaps: bool) -> None:
+            prefetches: bool) -> None:
     """Run one of the two products: rows [?, K] by weight [E, N, K]."""
     num_experts, width, depth = weight.shape
     num_tiles = aligned.num_blocks * triton.cdiv(width, tile.block_n)
@@ -141,8 +144,8 @@ def _launch(kernel: Any, tile: Tile, rows: Tensor, weight: Tensor, out: Tensor, 
     kernel[(grid,)](
         row_source, weight_source, weight, out, row_weights, aligned.sorted_rows, aligned.block_experts, row_weights.numel(),
         aligned.num_blocks, TOP_K=top_k, WIDTH=width, DEPTH=depth, BLOCK_M=aligned.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        GROUP_M=tile.group_m, SWAPPED=tile.is_swapped, TMA=tile.uses_tma, PERSISTENT=tile.is_persistent, OVERLAPS=overlaps,
-        DOT=dot_dtype(out.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=overlaps and kernel is _down)
+        GROUP_M=tile.group_m, SWAPPED=tile.is_swapped, TMA=tile.uses_tma, PERSISTENT=tile.is_persistent, PREFETCHES=prefetches,
+        DOT=dot_dtype(out.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages, launch_pdl=OVERLAPS)
 
 
 @triton.jit
@@ -232,10 +235,9 @@ def _gate_up_tile(tile, x, weight, h, sorted_rows, block_experts, num_rows, num_
 @triton.jit(do_not_specialize=["num_rows", "num_blocks"])
 def _gate_up(x, weight, weight_pointer, h, row_weights, sorted_rows, block_experts, num_rows, num_blocks, TOP_K: tl.constexpr,
              WIDTH: tl.constexpr, DEPTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-             GROUP_M: tl.constexpr, SWAPPED: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr, OVERLAPS: tl.constexpr,
+             GROUP_M: tl.constexpr, SWAPPED: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr, PREFETCHES: tl.constexpr,
              DOT: tl.constexpr):
-    if OVERLAPS:
-        gdc_launch_dependents()
+    wait_for_earlier()
     if PERSISTENT:
         used = tl.load(block_experts + num_blocks)
         for tile in tl.range(tl.program_id(0), used * ((WIDTH + BLOCK_N - 1) // BLOCK_N), tl.num_programs(0), flatten=True):
@@ -249,16 +251,18 @@ def _gate_up(x, weight, weight_pointer, h, row_weights, sorted_rows, block_exper
 @triton.jit
 def _down_tile(tile, h, weight, weight_pointer, out, row_weights, sorted_rows, block_experts, num_rows, num_blocks, WIDTH: tl.constexpr,
                DEPTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-               SWAPPED: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr, OVERLAPS: tl.constexpr, DOT: tl.constexpr):
+               SWAPPED: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr, PREFETCHES: tl.constexpr, DOT: tl.constexpr):
     block, column = _place(tile, num_blocks, WIDTH, BLOCK_N, GROUP_M)
     expert = tl.load(block_experts + block)
     slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.load(sorted_rows + slots)
     is_row = rows < num_rows
-    if OVERLAPS and not PERSISTENT:
-        if expert >= 0:
-            _prefetch(weight_pointer, expert, column, WIDTH, DEPTH, BLOCK_N)
-        gdc_wait()   # until h is written; the order of the rows was there before the first product began
+    if not PERSISTENT:
+        if PREFETCHES:
+            is_used = expert >= 0
+            if is_used:
+                _prefetch(weight_pointer, expert, column, WIDTH, DEPTH, BLOCK_N)
+        wait_for_earlier()   # until h is written; the order of the rows was there before the first product began
     columns = column + tl.arange(0, BLOCK_N)
     pointers = out + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
     mask = is_row[:, None] & (columns < WIDTH)[None, :]
@@ -275,15 +279,14 @@ def _down_tile(tile, h, weight, weight_pointer, out, row_weights, sorted_rows, b
 @triton.jit(do_not_specialize=["num_rows", "num_blocks"])
 def _down(h, weight, weight_pointer, out, row_weights, sorted_rows, block_experts, num_rows, num_blocks, TOP_K: tl.constexpr,
           WIDTH: tl.constexpr, DEPTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-          GROUP_M: tl.constexpr, SWAPPED: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr, OVERLAPS: tl.constexpr,
+          GROUP_M: tl.constexpr, SWAPPED: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr, PREFETCHES: tl.constexpr,
           DOT: tl.constexpr):
     if PERSISTENT:
-        if OVERLAPS:
-            gdc_wait()
+        wait_for_earlier()
         used = tl.load(block_experts + num_blocks)
         for tile in tl.range(tl.program_id(0), used * ((WIDTH + BLOCK_N - 1) // BLOCK_N), tl.num_programs(0), flatten=True):
             _down_tile(tile, h, weight, weight_pointer, out, row_weights, sorted_rows, block_experts, num_rows, used, WIDTH, DEPTH, BLOCK_M,
-                       BLOCK_N, BLOCK_K, GROUP_M, SWAPPED, TMA, PERSISTENT, OVERLAPS, DOT)
+                       BLOCK_N, BLOCK_K, GROUP_M, SWAPPED, TMA, PERSISTENT, PREFETCHES, DOT)
     else:
         _down_tile(tl.program_id(0), h, weight, weight_pointer, out, row_weights, sorted_rows, block_experts, num_rows, num_blocks, WIDTH,
-                   DEPTH, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SWAPPED, TMA, PERSISTENT, OVERLAPS, DOT)
+                   DEPTH, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SWAPPED, TMA, PERSISTENT, PREFETCHES, DOT)

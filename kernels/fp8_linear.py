@@ -39,8 +39,44 @@ class Config:
     group_t: int = 8           # neighbouring programs share weights over so many blocks of tokens
 
 
-# Most tokens -> config, by [N, K] of the weight.
-TUNED: dict[tuple[int, int], tuple[tuple[int, Config], ...]] = {}
+# Most tokens -> config, by [N, K] of the weight: DeepSeek-V3's, the fastest of `bench.tune` on an H100.
+TUNED: dict[tuple[int, int], tuple[tuple[float, Config], ...]] = {
+    (2112, 7168): (   # q_a + kv_a
+        (16, Config(128, 16, 4, 5, 7, quantizes=True)),
+        (64, Config(64, 64, 4, 6, 4, uses_tma=True)),
+        (128, Config(128, 64, 8, 4, 3, uses_tma=True)),
+        (2048, Config(128, 64, 8, 4, uses_tma=True)),
+        (float("inf"), Config(128, 128, 8, 3, uses_tma=True))),
+    (24576, 1536): (   # q_b
+        (4, Config(256, 16, 8, 3)),
+        (16, Config(256, 16, 8, 3, quantizes=True)),
+        (64, Config(128, 64, 4, 4)),
+        (512, Config(256, 128, 8, 4, uses_tma=True))),
+    (32768, 512): (   # kv_b
+        (4, Config(128, 16, 8, 5, quantizes=True)),
+        (16, Config(256, 16, 8, 3, quantizes=True)),
+        (64, Config(128, 64, 4, 4)),
+        (128, Config(128, 64, 8, 4, uses_tma=True)),
+        (512, Config(256, 128, 8, 4, uses_tma=True))),
+    (7168, 16384): (   # o
+        (4, Config(256, 16, 8, 3, 4, quantizes=True)),
+        (16, Config(64, 16, 4, 6, 3, quantizes=True)),
+        (64, Config(128, 64, 4, 4, 2, uses_tma=True)),
+        (128, Config(128, 64, 8, 4, 3, uses_tma=True)),
+        (512, Config(256, 128, 8, 4, uses_tma=True))),
+    (4096, 7168): (   # gate + up
+        (4, Config(256, 16, 8, 3, 8, quantizes=True)),
+        (16, Config(64, 16, 4, 6, 4, quantizes=True)),
+        (64, Config(64, 64, 4, 6, 2, uses_tma=True)),
+        (128, Config(128, 64, 8, 4, 2, uses_tma=True)),
+        (512, Config(128, 128, 8, 5, uses_tma=True))),
+    (7168, 2048): (   # down
+        (4, Config(256, 16, 8, 3, 4, quantizes=True)),
+        (16, Config(128, 16, 8, 5, 2, quantizes=True)),
+        (64, Config(64, 64, 4, 6, uses_tma=True)),
+        (128, Config(128, 64, 8, 4, uses_tma=True)),
+        (512, Config(256, 128, 8, 4, uses_tma=True))),
+}
 MULTIPROCESSORS = 132
 
 

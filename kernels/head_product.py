@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import OVERLAPS, wait_for_earlier
+
 MOST_TOKENS = 1   # for more rows the vendor's batched product is faster
 
 
@@ -51,7 +53,7 @@ def head_product(x: Tensor, weight: Tensor, *, out: Tensor | None = None, config
     if num_tokens:
         _head_product[(num_heads, triton.cdiv(width, config.block_n))](
             x, weight, out, x.stride(0), x.stride(1), *weight.stride(), NUM_TOKENS=num_tokens, NUM_HEADS=num_heads, DEPTH=depth,
-            WIDTH=width, BLOCK_K=triton.next_power_of_2(depth), BLOCK_N=config.block_n, num_warps=config.num_warps)
+            WIDTH=width, BLOCK_K=triton.next_power_of_2(depth), BLOCK_N=config.block_n, num_warps=config.num_warps, launch_pdl=OVERLAPS)
     return out
 
 
@@ -69,6 +71,7 @@ def _head_product(x, weight, out, token_stride, x_head_stride, head_stride, k_st
     is_in, is_column = offsets < DEPTH, columns < WIDTH
     w = tl.load(weight + head.to(tl.int64) * head_stride + offsets[:, None] * k_stride + columns[None, :] * n_stride,
                 mask=is_in[:, None] & is_column[None, :], other=0.0)
+    wait_for_earlier()
     for token in tl.static_range(NUM_TOKENS):
         row = tl.load(x + token * token_stride + head * x_head_stride + offsets, mask=is_in, other=0.0)
         product = tl.sum(w.to(tl.float32) * row.to(tl.float32)[:, None], 0)

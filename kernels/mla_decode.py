@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.decode_tile import LOG2_E, accumulate, store_result
-from kernels.launch import dot_dtype, loop_bound, num_programs
+from kernels.launch import OVERLAPS, dot_dtype, loop_bound, num_programs, wait_for_earlier
 from kernels.split_combine import allocate_partials, combine_splits
 from kernels.split_schedule import SplitSchedule, program_span
 
@@ -51,7 +51,8 @@ def num_splits(num_heads: int, device: torch.device, config: Config | None = Non
 
 
 def mla_decode(q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tensor, seq_lens: Tensor, schedule: SplitSchedule,
-               scale: float, page_size: int, out: Tensor | None = None, config: Config | None = None) -> Tensor:
+               scale: float, page_size: int, out: Tensor | None = None, config: Config | None = None, *,
+               is_settled: bool = False) -> Tensor:
     """softmax(scale * (q_latent . latent + q_rope . rotated)) . latent, over each sequence's own tokens.
 
     q_latent    [N, H, R]    W_UK absorbed; last dimension contiguous, R and rope powers of two >= 16
@@ -62,11 +63,24 @@ def mla_decode(q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tens
     schedule    refilled from seq_lens
     page_size   power of two >= 16
     out         [N, H, R], last dimension contiguous; None: a new tensor
+    is_settled  the schedule, what it was made from, the page table and the cache were written before the last launch: then programs
+                look up where they begin while the one before still runs
     returns     out, in q's dtype, before W_UV; zeros for padding rows
 
     Sums are float32. Where a sequence is split depends on its batch mates, and so do its last bits; the same batch gives the
     same bits. Raises ValueError for other sizes. Source: DeepSeek-V2 paper, 2.1.2; FlashMLA; flash-decoding.
     """
+    out, results, log_sums = mla_decode_parts(q_latent, q_rope, cache, page_table, seq_lens, schedule, scale, page_size, out, config,
+                                              is_settled=is_settled)
+    combine_splits(results, log_sums, seq_lens, schedule, out)
+    return out
+
+
+def mla_decode_parts(q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tensor, seq_lens: Tensor, schedule: SplitSchedule,
+                     scale: float, page_size: int, out: Tensor | None = None, config: Config | None = None, *,
+                     is_settled: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """`mla_decode` but for its end: `out` with the rows of sequences that one program finished, and the parts of the others as
+    `split_combine` and `combined_product` take them."""
     num_heads, latent_dim = q_latent.shape[1:]
     rope_dim = q_rope.shape[2]
     if any(size < 16 or size & (size - 1) for size in (page_size, latent_dim, rope_dim)) or cache.shape[1] != latent_dim + rope_dim:
@@ -86,11 +100,11 @@ def mla_decode(q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tens
         q_latent.stride(0), q_latent.stride(1), q_rope.stride(0), q_rope.stride(1), page_table.stride(0), out.stride(0), out.stride(1),
         scale * LOG2_E,
         NUM_HEADS=num_heads, R=latent_dim, ROPE=rope_dim, BLOCK_H=config.block_h, BLOCK_N=block_n, PAGE_SIZE=page_size,
-        UNIT=schedule.unit, TOKENS_AXIS=0 if config.tokens_as_rows else 1, USE_TMA=config.use_tma, DOT=dot_dtype(cache.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        UNIT=schedule.unit, TOKENS_AXIS=0 if config.tokens_as_rows else 1, USE_TMA=config.use_tma,
+        LOOKS_UP=is_settled and OVERLAPS, DOT=dot_dtype(cache.dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages, launch_pdl=OVERLAPS,
     )
-    combine_splits(results, log_sums, seq_lens, schedule, out)
-    return out
+    return out, results, log_sums
 
 
 def mla_decode_reference(q_latent: Tensor, q_rope: Tensor, cache: Tensor, page_table: Tensor, seq_lens: Tensor, scale: float,
@@ -111,7 +125,8 @@ def _mla_decode_kernel(
     q_latent_stride_n, q_latent_stride_h, q_rope_stride_n, q_rope_stride_h, table_stride, out_stride_n, out_stride_h,
     scale,
     NUM_HEADS: tl.constexpr, R: tl.constexpr, ROPE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, UNIT: tl.constexpr, TOKENS_AXIS: tl.constexpr, USE_TMA: tl.constexpr, DOT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, UNIT: tl.constexpr, TOKENS_AXIS: tl.constexpr, USE_TMA: tl.constexpr,
+    LOOKS_UP: tl.constexpr, DOT: tl.constexpr,
 ):
     """One block of heads over one program's span of the schedule. `scale` is that of base-2 exponents.
 
@@ -122,6 +137,9 @@ def _mla_decode_kernel(
     is_head = heads < NUM_HEADS
     columns = tl.arange(0, R)
     rope_columns = tl.arange(0, ROPE)
+    if LOOKS_UP:
+        _fetch_first_tile(cache, page_table, seq_lens, spans, program, table_stride, R + ROPE, BLOCK_N, PAGE_SIZE, UNIT)
+    wait_for_earlier()
     first_seq, first_unit, last_seq, end_unit = program_span(spans, program)
     for seq in range(loop_bound(first_seq), loop_bound(last_seq + 1)):
         length = tl.load(seq_lens + seq)
@@ -158,6 +176,21 @@ def _mla_decode_kernel(
             partial = program * 2 + (begin == 0).to(tl.int32)
             store_result(acc, top, tl.sum(totals, TOKENS_AXIS), heads, columns, is_head[None, :], is_head, out + seq * out_stride_n,
                          out_stride_h, results, log_sums, partial, (begin == 0) & (end == length), NUM_HEADS, R)
+
+
+@triton.jit
+def _fetch_first_tile(cache, page_table, seq_lens, spans, program, table_stride, ROW: tl.constexpr, BLOCK_N: tl.constexpr,
+                      PAGE_SIZE: tl.constexpr, UNIT: tl.constexpr):
+    """Ask for the tile that the program begins with, a cache line of 64 numbers at a time; nothing waits for it."""
+    LINES: tl.constexpr = BLOCK_N * ROW // 64
+    seq, unit, last_seq, _ = program_span(spans, program)
+    if seq <= last_seq:
+        begin = unit * UNIT
+        if begin < tl.load(seq_lens + seq):
+            slot = tl.load(page_table + seq * table_stride + begin // PAGE_SIZE) * PAGE_SIZE + begin % PAGE_SIZE
+            line = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)
+            lines = cache + slot.to(tl.int64) * ROW + line * 64
+            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // $0", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

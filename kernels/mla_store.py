@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import OVERLAPS, wait_for_earlier
 from kernels.norm import normed
 from kernels.reference import rms_norm, rotate_
 from kernels.rotate import rotate_pairs
@@ -54,7 +55,7 @@ def mla_norm_rope_store(q: Tensor, latent: Tensor, norm_weight: Tensor, eps: flo
     config = config or config_for(num_tokens, num_heads)
     _mla_store_kernel[(num_tokens, triton.cdiv(num_heads, config.block_h))](
         q, latent, norm_weight, rotations, positions, slots, cache, q.stride(0), q.stride(1), latent.stride(0), num_heads, eps,
-        ROPE_AT=head_dim - rope, LATENT=latent_dim, ROPE=rope, BLOCK_H=config.block_h, num_warps=config.num_warps)
+        ROPE_AT=head_dim - rope, LATENT=latent_dim, ROPE=rope, BLOCK_H=config.block_h, num_warps=config.num_warps, launch_pdl=OVERLAPS)
 
 
 def mla_norm_rope_store_reference(q: Tensor, latent: Tensor, norm_weight: Tensor, eps: float, rotations: Tensor, positions: Tensor,
@@ -76,17 +77,18 @@ def _mla_store_kernel(q, latent, norm_weight, rotations, positions, slots, cache
     rope = tl.arange(0, ROPE)[None, :]
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     is_head = heads < num_heads
-    position = tl.load(positions + token)
     in_q = q + token * q_stride + heads * head_stride + (ROPE_AT + rope)
-    unrotated = tl.load(in_q, mask=is_head, other=0.0).to(tl.float32)
+    columns = tl.arange(0, LATENT)
+    gain = tl.load(norm_weight + columns)
+    wait_for_earlier()
+    position = tl.load(positions + token)
+    slot = tl.load(slots + token)
     rotation = tl.load(rotations + position * ROPE + rope)
+    unrotated = tl.load(in_q, mask=is_head, other=0.0).to(tl.float32)
     tl.store(in_q, rotate_pairs(unrotated, rotation, BLOCK_H, ROPE), mask=is_head)
 
-    slot = tl.load(slots + token)
     if (tl.program_id(1) == 0) & (slot >= 0):
         source, dest = latent + token * latent_stride, cache + slot * (LATENT + ROPE)
-        columns = tl.arange(0, LATENT)
-        gain = tl.load(norm_weight + columns)
         row = tl.load(source + columns).to(tl.float32)
         key = tl.load(source + LATENT + rope).to(tl.float32)
         tl.store(dest + columns, normed(row, gain, eps, LATENT, latent.dtype.element_ty))

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.launch import OVERLAPS, wait_for_earlier
 from kernels.reference import rms_norm as rms_norm_reference
 
 
@@ -46,7 +47,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, *
         out = torch.empty(num_rows, dim, dtype=x.dtype, device=x.device)
     config = config or config_for(num_rows, dim)
     _rms_norm_kernel[(num_rows,)](x, weight, out, x.stride(0), out.stride(0), eps, DIM=dim, BLOCK=triton.next_power_of_2(dim),
-                                  num_warps=config.num_warps)
+                                  num_warps=config.num_warps, launch_pdl=OVERLAPS)
     return out
 
 
@@ -70,7 +71,7 @@ def add_rms_norm(delta: Tensor, residual: Tensor, weight: Tensor, eps: float, *,
     config = config or config_for(num_rows, dim)
     _add_rms_norm_kernel[(num_rows,)](
         delta, residual, weight, out, delta.stride(0), delta.stride(1), residual.stride(0), eps,
-        NUM_PARTS=num_parts, DIM=dim, BLOCK=triton.next_power_of_2(dim), num_warps=config.num_warps)
+        NUM_PARTS=num_parts, DIM=dim, BLOCK=triton.next_power_of_2(dim), num_warps=config.num_warps, launch_pdl=OVERLAPS)
     return out
 
 
@@ -96,6 +97,7 @@ def _rms_norm_kernel(x, weight, out, x_stride, out_stride, eps, DIM: tl.constexp
     columns = tl.arange(0, BLOCK)
     is_inside = columns < DIM
     gain = tl.load(weight + columns, mask=is_inside, other=0.0)  # on its way while the sum is taken
+    wait_for_earlier()
     wide = tl.load(x + row * x_stride + columns, mask=is_inside, other=0.0).to(tl.float32)
     tl.store(out + row * out_stride + columns, normed(wide, gain, eps, DIM, x.dtype.element_ty), mask=is_inside)
 
@@ -107,6 +109,7 @@ def _add_rms_norm_kernel(delta, residual, weight, out, delta_stride, part_stride
     columns = tl.arange(0, BLOCK)
     is_inside = columns < DIM
     gain = tl.load(weight + columns, mask=is_inside, other=0.0)
+    wait_for_earlier()
     stream = residual + row * residual_stride + columns
     before = tl.load(stream, mask=is_inside, other=0.0).to(tl.float32)
     delta += row * delta_stride

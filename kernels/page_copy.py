@@ -20,6 +20,7 @@ class Config:
 
 
 DEFAULT = Config(block=2048, num_warps=4)
+FROM_A_PEER = Config(block=2048, num_warps=4, max_programs=264)  # 2 MB under way fill NVLink; more only take the steps' multiprocessors
 
 
 def copy_pages(src_pool: Tensor, dst_pool: Tensor, src_pages: Tensor, dst_pages: Tensor, page_size: int, *,

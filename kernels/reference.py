@@ -80,18 +80,18 @@ def fused_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights
     returns  [T, D]
     """
     top_k = ids.shape[1]
-    order = ids.flatten().argsort(stable=True)
-    start, *counts = (ids.flatten() + 1).bincount(minlength=gate_up.shape[0] + 1).tolist()
+    num_none, *counts = (ids.flatten() + 1).bincount(minlength=gate_up.shape[0] + 1).tolist()
+    order = ids.flatten().argsort(stable=True)[num_none:]
     inputs = x[order // top_k]
     outputs = torch.empty_like(inputs)
-    outputs[:start] = 0.0
+    start = 0
     for expert, count in enumerate(counts):
         if count:
             rows = slice(start, start + count)
             outputs[rows] = F.linear(silu_mul(F.linear(inputs[rows], gate_up[expert])), down[expert])
             start += count
     outputs.mul_(weights.flatten()[order].unsqueeze(1))
-    by_token = torch.empty_like(outputs)
+    by_token = x.new_zeros(ids.numel(), x.shape[1]) if num_none else torch.empty_like(outputs)
     by_token[order] = outputs
     by_choice: Tensor = by_token.unflatten(0, ids.shape)
     return by_choice.sum(1)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import dot_dtype
+from kernels.launch import OVERLAPS, dot_dtype, wait_for_earlier
 
 MOST_TOKENS = 256   # a larger step keeps the vendor's product busy
 
@@ -65,7 +65,7 @@ def router(x: Tensor, gate: Tensor, *, config: Config | None = None) -> Tensor:
         _router[(triton.cdiv(num_tokens, config.block_t), triton.cdiv(num_experts, config.block_e), num_splits)](
             x, gate, out, num_tokens, x.stride(0), NUM_EXPERTS=num_experts, DEPTH=depth, BLOCK_T=config.block_t, BLOCK_E=config.block_e,
             BLOCK_K=config.block_k, NUM_TILES=config.num_tiles, DOT=dot_dtype(x.dtype), num_warps=config.num_warps,
-            num_stages=config.num_stages)
+            num_stages=config.num_stages, launch_pdl=OVERLAPS)
     return out
 
 
@@ -86,6 +86,7 @@ def _router(x, gate, out, num_tokens, row_stride, NUM_EXPERTS: tl.constexpr, DEP
     rows = x + tokens.to(tl.int64)[:, None] * row_stride + offsets[None, :]
     gate_rows = gate + experts[:, None] * DEPTH + offsets[None, :]
     acc = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    wait_for_earlier()
     for tile in range(NUM_TILES):
         k = (split * NUM_TILES + tile) * BLOCK_K
         if IS_WHOLE:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.align import Aligned, align_into
+from kernels.launch import OVERLAPS, wait_for_earlier
 
 ONE_PROGRAM = 512      # tokens times experts (both padded) that one program chooses and sorts faster than two launches do
 SEVERAL = 2048         # scores of a program that only chooses
@@ -56,7 +57,7 @@ def route(logits: Tensor, bias: Tensor | None, *, top_k: int, num_groups: int = 
             NUM_PARTS=logits.shape[0] if logits.ndim == 3 else 1, NUM_EXPERTS=num_experts, TOP_K=top_k, NUM_GROUPS=num_groups,
             GROUPS_PER_TOKEN=groups_per_token, NORMALIZE=normalize, NUM_SHARED=num_shared, BLOCK_T=block_t, BLOCK_G=block_g,
             BLOCK_P=block_p, BLOCK_K=triton.next_power_of_2(num_chosen),
-            BLOCK_M=aligned.block_m if aligned and sorts else 0, FILL=FILL, num_warps=num_warps)
+            BLOCK_M=aligned.block_m if aligned and sorts else 0, FILL=FILL, num_warps=num_warps, launch_pdl=OVERLAPS)
     if aligned is not None and not sorts:
         align_into(aligned, ids, num_experts + num_shared)
     return ids, weights
@@ -115,6 +116,7 @@ def _route(logits, bias, num_valid, ids, weights, sorted_rows, block_experts, nu
     is_kept = tokens < num_kept
     rows = logits + tokens[:, None].to(tl.int64) * row_stride + experts[None, :]
     is_logit = is_kept[:, None] & is_expert[None, :]
+    wait_for_earlier()
     x = tl.load(rows, mask=is_logit, other=LOWEST)
     for part in tl.static_range(1, NUM_PARTS):
         x += tl.load(rows + part * part_stride, mask=is_logit, other=0.0)

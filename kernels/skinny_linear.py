@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import dot_dtype
+from kernels.launch import OVERLAPS, dot_dtype, wait_for_earlier
 
 MOST_TOKENS = 16
 
@@ -30,10 +30,14 @@ class Config:
 
 
 # By the weight's [N, K], the most rows of x that a config is for; beyond the last, and for other weights, the vendor's product is taken.
-# Only what `bench.tune` has shown to be faster on a GPU belongs here: nothing yet.
+# Only what `bench.tune` has shown to be faster on a GPU belongs here: so far V2-Lite's products of one and two rows.
 Table = tuple[tuple[int, Config], ...]
 ROWS, TILES = Config(block_n=1, num_warps=1), Config(block_n=16, num_warps=2, block_k=256, num_stages=4)
-TABLES: dict[tuple[int, int], Table] = {}
+TABLES: dict[tuple[int, int], Table] = {
+    (3648, 2048): ((2, Config(block_n=1, num_warps=2)),),
+    (2048, 2048): ((1, Config(block_n=2, num_warps=4)), (2, Config(block_n=2, num_warps=1))),
+    (21888, 2048): ((1, Config(block_n=2, num_warps=1)), (2, Config(block_n=1, num_warps=2))),
+    (2048, 10944): ((2, Config(block_n=1, num_warps=8)),)}
 
 
 def table_for(weight: Tensor) -> Table:
@@ -71,11 +75,11 @@ def skinny_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out_
         _by_tiles[grid](
             x, weight, bias, out, num_tokens, x.stride(0), WIDTH=width, DEPTH=depth, BLOCK_T=8 if num_tokens <= 8 else 16,
             BLOCK_N=config.block_n, BLOCK_K=config.block_k, DOT=dot_dtype(x.dtype), num_warps=config.num_warps,
-            num_stages=config.num_stages)
+            num_stages=config.num_stages, launch_pdl=OVERLAPS)
     elif num_tokens:
         _by_rows[grid](
             x, weight, bias, out, x.stride(0), NUM_TOKENS=num_tokens, WIDTH=width, DEPTH=depth, BLOCK_N=config.block_n,
-            BLOCK_K=triton.next_power_of_2(depth), num_warps=config.num_warps)
+            BLOCK_K=triton.next_power_of_2(depth), num_warps=config.num_warps, launch_pdl=OVERLAPS)
     return out
 
 
@@ -93,6 +97,7 @@ def _by_rows(x, weight, bias, out, row_stride, NUM_TOKENS: tl.constexpr, WIDTH: 
     is_column, is_in = columns < WIDTH, offsets < DEPTH
     w = tl.load(weight + columns[:, None].to(tl.int64) * DEPTH + offsets[None, :], mask=is_column[:, None] & is_in[None, :], other=0.0,
                 eviction_policy="evict_first")
+    wait_for_earlier()
     for token in tl.static_range(NUM_TOKENS):
         row = tl.load(x + token * row_stride + offsets, mask=is_in, other=0.0)
         product = tl.sum(w.to(tl.float32) * row.to(tl.float32)[None, :], 1)
@@ -112,6 +117,7 @@ def _by_tiles(x, weight, bias, out, num_tokens, row_stride, WIDTH: tl.constexpr,
     weight_rows = weight + columns[:, None].to(tl.int64) * DEPTH + offsets[None, :]
     rows = x + tokens[:, None] * row_stride + offsets[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    wait_for_earlier()
     for k in range(0, DEPTH, BLOCK_K):
         if DEPTH % BLOCK_K == 0:
             w = tl.load(weight_rows + k, mask=is_column[:, None], other=0.0, eviction_policy="evict_first")

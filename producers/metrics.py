@@ -17,6 +17,7 @@ from coordinator.messages import CLASSES
 from coordinator.status import totals
 from coordinator.store import WorkerView
 from producers.job_handle import JobHandle
+from producers.recent_times import RecentTimes
 
 __all__ = ["CONTENT_TYPE_LATEST", "CountResponses", "Metrics"]
 
@@ -38,6 +39,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        self.recent = RecentTimes()
         self._view_until_s = 0.0
         self._turn = asyncio.Lock()
 
@@ -89,8 +91,10 @@ class Metrics:
             return
         self._first_token.observe(timing.first_token_s - timing.submitted_s)
         self._duration.observe(now - timing.submitted_s)
-        if num_tokens > 1:
-            self._per_token.observe((now - timing.first_token_s) / (num_tokens - 1))
+        per_token_s = (now - timing.first_token_s) / (num_tokens - 1) if num_tokens > 1 else None
+        if per_token_s is not None:
+            self._per_token.observe(per_token_s)
+        self.recent.add(timing.first_token_s - timing.submitted_s, per_token_s)
         self._input_length.observe(finish.prompt_tokens)
         self._generated.observe(num_tokens)
         self._cache_length.observe(finish.cached_tokens)

@@ -3,7 +3,7 @@
 import argparse
 import os
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from coordinator.cluster_token import is_loopback
 from coordinator.messages import CLASSES, JobClass
@@ -39,6 +39,9 @@ class RestSettings:
     batch_window: int = 512                    # lines of batches that one shim has open at once
     queue_record: str = ""                     # file with the queue's passwords by role, for /bootstrap; "": all get the URLs above
     cluster_token: str = ""                    # opens /bootstrap
+    planner: Literal["off", "advise", "act"] = "off"
+    ttft_objective: float = 2.0                # seconds, p90: what the planner plans for
+    tpot_objective: float = 0.1
     tls_cert: str = ""
     tls_key: str = ""
     access_log: bool = False
@@ -71,14 +74,17 @@ _HELP = {
     "batch_window": "lines of batches whose jobs this shim has open at once",
     "queue_record": "file that says where the queue is and has its passwords by role, for /bootstrap",
     "cluster_token": "secret that opens /bootstrap (better: TOKENMILL_CLUSTER_TOKEN)",
+    "planner": "propose (advise) or order (act) that workers change their roles",
+    "ttft_objective": "planner: seconds to the first token, p90",
+    "tpot_objective": "planner: seconds per token after it, p90",
     "tls_cert": "certificate: this door then speaks https",
     "tls_key": "its key",
     "access_log": "one line per request",
     "log_level": "debug, info, warning or error",
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "prefix_affinity": ("on", "off"), "job_class": CLASSES, "log_level": ("debug", "info", "warning", "error"),
-}
+    "planner": ("off", "advise", "act"), "prefix_affinity": ("on", "off"), "job_class": CLASSES,
+    "log_level": ("debug", "info", "warning", "error")}
 _FROM_ENVIRONMENT = {"nats_url": "TOKENMILL_NATS_URL", "redis_url": "TOKENMILL_REDIS_URL", "cluster_token": "TOKENMILL_CLUSTER_TOKEN"}
 _REQUIRED = ("nats_url", "redis_url", "model_dir")
 

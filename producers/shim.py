@@ -13,6 +13,8 @@ from starlette.requests import Request
 from coordinator.bus import Counters
 from coordinator.errors import Unavailable
 from coordinator.members import Membership
+from coordinator.planner import Objectives
+from coordinator.planning import Planning
 from coordinator.routing import RoutingPolicy
 from coordinator.store import AdmissionLimits, WorkerView
 from coordinator.tokenizer import Tokenizer
@@ -44,6 +46,8 @@ class Shim:
         self._asks = Responder(client, admission, self.spawn)
         self._watcher = Watcher(client.bus, client.store, client.origin)
         self._membership = Membership(client.store, client.origin, self._said_to_others)
+        self._planning = Planning(client.bus, client.store, client.origin, settings.planner, Objectives(
+            ttft_s=settings.ttft_objective, tpot_s=settings.tpot_objective))
 
     @classmethod
     async def open(cls, settings: RestSettings, metrics: Metrics, on_fatal: Callable[[Exception], None] | None = None,
@@ -63,6 +67,7 @@ class Shim:
         shim = cls(settings, admission, client, metrics)
         shim._watcher.start()
         shim._membership.start()
+        shim._planning.start()
         await shim._asks.open()
         return shim
 
@@ -72,6 +77,7 @@ class Shim:
         await self._asks.close()
         if self._background:
             await asyncio.wait(self._background, timeout=PING_TIMEOUT_S)
+        await self._planning.close()
         await self._membership.close()
         await self._watcher.close()
         await self.client.close()
@@ -85,7 +91,8 @@ class Shim:
     def _said_to_others(self) -> dict[str, Any]:
         settings = self.settings
         return {"kind": "pd_master", "url": f"{'https' if settings.tls_cert else 'http'}://{settings.host}:{settings.port}",
-                "model": self.client.model, "host": socket.gethostname(), "pid": os.getpid(), "open_jobs": self.client.num_open}
+                "model": self.client.model, "host": socket.gethostname(), "pid": os.getpid(), "open_jobs": self.client.num_open,
+                **self.metrics.recent.summary()}
 
     async def live_workers(self) -> list[WorkerView]:
         """This model's workers whose lease holds. Raises Unavailable when NATS or Redis does not answer."""

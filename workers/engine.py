@@ -24,11 +24,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from coordinator.errors import ConfigError, InvalidField, LayoutMismatch, PagesExhausted
-from coordinator.messages import KVLayout
+from coordinator.messages import KVLayout, KVRank
+from coordinator.rendezvous import PEER_STATUS, VANISHED
 from workers import group as groups
 from workers.block_journal import BlockJournal
 from workers.channel import BlockingChannel
@@ -48,6 +49,7 @@ from workers.engine_messages import (
     Progress,
     Ready,
     ReleasePin,
+    SetRole,
     Shutdown,
     Stats,
     TellBlocks,
@@ -57,9 +59,9 @@ from workers.engine_messages import (
 )
 from workers.engine_sizes import EngineSizes, choose_sizes, resolve
 from workers.executor import EagerExecutor, Executor, Flight
-from workers.group import Group
+from workers.group import Group, GroupBroken
 from workers.guided import Grammars, GuideMaker
-from workers.kv_cache import check_same_layout
+from workers.kv_cache import KVCache, check_same_layout
 from workers.leader import GroupCopier, LeaderExecutor
 from workers.lockstep import Lockstep, Wake
 from workers.model_config import ModelConfig
@@ -70,6 +72,8 @@ from workers.sampler import Sampler
 from workers.scheduler import PageCopy, Scheduler, SchedulerSettings, Step
 from workers.sequence import Limits, Sequence, open_sequence
 from workers.settings import EngineSettings, RankSettings
+from workers.transfer.desk import Desk
+from workers.transfer.reach import COLLECTIVE, MAPPED
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +129,13 @@ class Engine:
         self._are_stats_due = True  # a sequence ended: tell, also if nothing seems to have changed
         self._is_checked = is_checked
         self._is_shut_down = False
+        self.desk: Desk | None = None  # where other hosts ask for pages of this rank
+
+    def close(self) -> None:
+        """Behind `run`: let go of whom pages are copied from and to."""
+        self._copier.close()
+        if self.desk is not None:
+            self.desk.close()
 
     def run(self) -> None:
         self._send_stats(is_idle=True)
@@ -185,6 +196,11 @@ class Engine:
                 self._are_stats_due |= scheduler.cancel(command.job_id)
             case ReleasePin():
                 self._are_stats_due |= scheduler.release_pin(command.job_id)
+            case SetRole():
+                self._unguided.clear()
+                scheduler.set_role(command.role)
+                self._limits = replace(self._limits, prefill_only=command.role == "prefill")
+                self._are_stats_due = True
             case TellBlocks():
                 if self._journal is not None:
                     self._journal.want_all()
@@ -283,26 +299,39 @@ def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None], 
     grammars = Grammars(Path(settings.model_dir), config.vocab_size, sorted(config.eos_ids))
     engine = Engine(executor, scheduler, limits, layout, inbox, send, grammars=grammars, journal=journal, is_checked=is_checked,
                     lockstep=lockstep)
+    engine.desk = open_desk(settings, cache)
+    ways = ways_to_pool(settings, cache, engine.desk), *(executor.followers.ways if isinstance(executor, LeaderExecutor) else ())
     gc.collect()
     gc.freeze()  # the model's objects live for good: later collections need not look at them
-    pools = tuple(executor.followers.pools) if isinstance(executor, LeaderExecutor) else ()
-    send(Ready(layout=layout, pool=PoolAddress(address=cache.address, num_pages=cache.num_pages, rank_addresses=pools),
-               device=settings.device, max_total_tokens=cache.num_pages * sizes.page_size, max_seq_len=sizes.max_seq_len,
-               max_num_seqs=sizes.max_num_seqs, chunk_size=sizes.chunk_size, vocab_size=config.vocab_size, eos_ids=tuple(config.eos_ids),
+    send(Ready(layout=layout, pool=PoolAddress(ranks=ways, num_pages=cache.num_pages), device=settings.device,
+               max_total_tokens=cache.num_pages * sizes.page_size, max_seq_len=sizes.max_seq_len, max_num_seqs=sizes.max_num_seqs,
+               chunk_size=sizes.chunk_size, vocab_size=config.vocab_size, eos_ids=tuple(config.eos_ids),
                group=None if group is None else group.view))
     return engine
+
+
+def open_desk(settings: EngineSettings, pool: KVCache) -> Desk | None:
+    """Where other hosts ask for pages of this rank: a prefill worker's, unless it is told to be mapped only."""
+    return Desk(pool, settings.kv_host) if settings.role == "prefill" and settings.kv_transfer != MAPPED else None
+
+
+def ways_to_pool(settings: EngineSettings, pool: KVCache, desk: Desk | None, *, is_on_leaders_host: bool = True) -> KVRank:
+    """How a decode worker reaches this rank's pool. Memory is named only where the leader's host is this one: a handle tells that host."""
+    is_mapped = settings.kv_transfer != COLLECTIVE and is_on_leaders_host
+    return KVRank(address=pool.address if is_mapped else "", desk=desk.address if desk is not None else "")
 
 
 def load_executor(settings: EngineSettings, config: ModelConfig, sizes: EngineSizes, progress: Callable[[int, int], None],
                   group: Group | None) -> Executor:
     """For `resolve`d settings; `group`: this rank's share of the model."""
+    parallel = group.parallel if group is not None else Parallel.single()
     if settings.device != "cpu":
         from workers.cuda_executor import CudaExecutor  # Triton and its kernels: only where there is a GPU
 
-        return CudaExecutor.create(settings, config, sizes, progress)
+        return CudaExecutor.create(settings, config, sizes, progress, parallel)
     threads = CpuThreads(settings.num_threads, settings.ranks.num_local)
     runner = ModelRunner(Path(settings.model_dir), settings.device, sizes.dtype, sizes.num_pages, sizes.page_size, settings.load_workers,
-                         progress, group.parallel if group is not None else Parallel.single())
+                         progress, parallel)
     return EagerExecutor(runner, Sampler(sorted(eos for eos in config.eos_ids if eos < config.vocab_size)), settings.depth, threads)
 
 
@@ -347,13 +376,16 @@ def _serve(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None]
     settings = resolve(settings)
     config = ModelConfig.from_dir(Path(settings.model_dir))
     if groups.is_alone(settings, config):
-        load(settings, inbox, send, is_checked=is_checked).run()
+        engine = load(settings, inbox, send, is_checked=is_checked)
+        engine.run()
+        engine.close()
         return
     sizes = choose_sizes(settings, config)
     with groups.joined(settings, config, sizes) as group:
         engine = load(settings, inbox, send, is_checked=is_checked, group=group, sizes=sizes)
         engine.run()
         group.stop_followers()
+        engine.close()
 
 
 def main() -> int:
@@ -371,6 +403,8 @@ def main() -> int:
     except ConfigError as error:
         log.error("%s", error)
         return 2
+    except GroupBroken:
+        return PEER_STATUS[VANISHED]
     except BrokenPipeError:
         return 0  # the I/O process is gone; the reader thread is about to find out too
     return 0

@@ -12,7 +12,7 @@ import msgpack
 from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 
 from coordinator.errors import InvalidField, MalformedMessage
-from coordinator.messages import KVLayout, TopLogprobs
+from coordinator.messages import KVLayout, KVRank, TopLogprobs
 from coordinator.sampling import SamplingParams
 
 EngineFinish = Literal["stop", "length"]
@@ -22,11 +22,10 @@ Params = Annotated[SamplingParams, PlainValidator(SamplingParams.parse)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolAddress:
-    """How another process reaches a KV pool; its page size stands in the layout."""
+    """How other processes reach a worker's KV pools, one per rank; their page size stands in the layout."""
 
-    address: str
-    num_pages: Count
-    rank_addresses: tuple[str, ...] = ()  # of each rank's pool, the leader's first; empty: there is one rank
+    ranks: tuple[KVRank, ...]
+    num_pages: Count      # of each of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +100,13 @@ class ReleasePin:
     """The pages of a pinned sequence were copied (or given up): they go to the prefix cache. An unknown id is fine."""
 
     job_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetRole:
+    """Forget every sequence and go on under this role. What was computed stays in the prefix cache."""
+
+    role: Literal["prefill", "decode", "both"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,12 +241,12 @@ class Stats:
     pending_tokens: Count = 0   # of prompts, not computed yet
 
 
-Command = AddSequence | ImportSequence | Activate | Cancel | ReleasePin | TellBlocks | Ping | Shutdown
+Command = AddSequence | ImportSequence | Activate | Cancel | ReleasePin | SetRole | TellBlocks | Ping | Shutdown
 Event = Progress | Ready | Tokens | Pinned | Imported | Failed | Blocks | Pong | Stats
 
 COMMANDS: dict[str, type[Command]] = {
     "add": AddSequence, "import": ImportSequence, "activate": Activate, "cancel": Cancel, "release_pin": ReleasePin,
-    "tell_blocks": TellBlocks, "ping": Ping, "shutdown": Shutdown,
+    "set_role": SetRole, "tell_blocks": TellBlocks, "ping": Ping, "shutdown": Shutdown,
 }
 EVENTS: dict[str, type[Event]] = {
     "progress": Progress, "ready": Ready, "tokens": Tokens, "pinned": Pinned, "imported": Imported, "failed": Failed,
@@ -270,8 +276,8 @@ def _to_map(message: Any) -> dict[str, Any]:
             value = value.to_wire()
         elif is_dataclass(value):
             value = _to_map(value)
-        elif isinstance(value, tuple) and value and is_dataclass(value[0]):
-            value = [_to_map(item) for item in value]
+        elif name == "ranks":
+            value = [_to_map(rank) for rank in value]
         body[name] = value
     return body
 
@@ -309,4 +315,4 @@ _COMMAND_ADAPTERS = {kind: _adapter(cls) for kind, cls in COMMANDS.items()}
 _EVENT_ADAPTERS = {kind: _adapter(cls) for kind, cls in EVENTS.items()}
 _KIND_OF: dict[type, str] = {cls: kind for kind, cls in (*COMMANDS.items(), *EVENTS.items())}
 _FIELDS: dict[type, tuple[str, ...]] = {
-    cls: tuple(f.name for f in fields(cls)) for cls in (*_KIND_OF, PoolAddress, KVLayout, GroupView, RankView)}
+    cls: tuple(f.name for f in fields(cls)) for cls in (*_KIND_OF, PoolAddress, KVRank, KVLayout, GroupView, RankView)}

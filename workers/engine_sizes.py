@@ -57,7 +57,7 @@ def resolve(settings: EngineSettings) -> EngineSettings:
 
 def _gpu_of_rank(name: str, ranks: RankSettings) -> str:
     """The n-th rank of a node has its n-th visible GPU."""
-    if name != "cuda":
+    if name not in ("cuda", f"cuda:{ranks.local_rank}"):
         raise ConfigError(f"--device {name} names one GPU, and --tp {ranks.tp} needs one for each rank: say cuda, and choose among them by "
                           "CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()

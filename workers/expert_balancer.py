@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from workers.expert_placement import Placement, moves, replace_experts
+from workers.expert_placement import Placement, busiest, moves, replace_experts
 from workers.model.spread_moe import SpreadMoe
 from workers.parallel import RankGroup
 
@@ -18,30 +18,44 @@ log = logging.getLogger(__name__)
 
 
 class ExpertBalancer:
-    """`layers`: those with experts that are spread, in the same order on all ranks; `period` in steps, 0: never."""
+    """`layers`: those with experts that are spread, in the same order on all ranks; `period` in steps, 0: never.
+
+    Each layer has its turn once in a period, one after the other: no step waits for the weights of all.
+    """
 
     def __init__(self, layers: Sequence[SpreadMoe], ranks: RankGroup, period: int) -> None:
         self._layers = layers
         self._ranks = ranks
-        self._period = period if layers else 0
+        self._period = period
         self._num_steps = 0
+        self.num_moved = 0  # expert slots that have changed, over all layers and ranks
+
+    def start(self) -> None:
+        """What was run so far only warmed up: its loads mean nothing."""
+        self._num_steps = 0
+        for layer in self._layers:
+            if layer.load is not None:
+                layer.load.zero_()
 
     def after_step(self) -> None:
+        """Called by all ranks between the same two steps. Waits for the device where a layer has its turn."""
         self._num_steps += 1
-        if self._period and self._num_steps % self._period == 0:
-            self.rebalance()
+        if not self._period or self._num_steps < self._period:
+            return
+        for layer in self._layers[self._num_steps % self._period :: self._period]:
+            self._rebalance(layer)
 
-    def rebalance(self) -> int:
-        """How many experts were moved, over all layers. Waits for the device. Called by all ranks between the same two steps."""
-        loads = torch.stack([layer.load for layer in self._layers if layer.load is not None])
-        num_moved = 0
-        for layer, load in zip(self._layers, self._ranks.all_reduce(loads).tolist(), strict=True):
-            placement = replace_experts(layer.placement, load, self._ranks.size)
-            num_moved += self._move(layer, placement)
-            assert layer.load is not None
-            layer.load.zero_()
-        log.info("rebalanced %d layers: %d expert slots changed", len(self._layers), num_moved)
-        return num_moved
+    def _rebalance(self, layer: SpreadMoe) -> None:
+        assert layer.load is not None
+        load = self._ranks.all_reduce(layer.load).tolist()
+        layer.load.zero_()
+        before = layer.placement
+        num_moved = self._move(layer, replace_experts(before, load, self._ranks.size))
+        self.num_moved += num_moved
+        if num_moved:
+            share = self._ranks.size / sum(load)
+            was, now = (busiest(placement, load, self._ranks.size) * share for placement in (before, layer.placement))
+            log.info("%d expert slots changed: the busiest rank has %.2f times the average load, it had %.2f", num_moved, now, was)
 
     def _move(self, layer: SpreadMoe, placement: Placement) -> int:
         """Weights first, then the table. A slot that is overwritten may still be a source: arrivals wait beside until all are sent."""

@@ -13,10 +13,12 @@ from pathlib import Path
 
 from coordinator import lifeline
 from coordinator.errors import ConfigError, TokenmillError
+from coordinator.messages import KVRank
+from coordinator.rendezvous import PEER_STATUS, VANISHED
 from coordinator.sampling import SamplingParams
 from workers import group as groups
 from workers.channel import BlockingChannel
-from workers.engine import load_executor
+from workers.engine import load_executor, open_desk, ways_to_pool
 from workers.engine_sizes import choose_sizes, resolve
 from workers.executor import Executor
 from workers.model_config import ModelConfig
@@ -33,13 +35,14 @@ NOBODY = Sequence(job_id="of the leader", token_ids=[], num_prompt=0, params=Sam
 class Follower:
     """A loaded executor and the leader's messages."""
 
-    def __init__(self, executor: Executor, channel: BlockingChannel, page_size: int, attn_rank: int) -> None:
+    def __init__(self, executor: Executor, channel: BlockingChannel, page_size: int, attn_rank: int, *,
+                 is_leader_here: bool) -> None:
         self._executor = executor
         self._channel = channel
         self._page_size = page_size
-        self._attn_rank = attn_rank
+        self._is_leader_here = is_leader_here
         self._numbers: dict[int, int] = {}     # id(copy) -> the leader's number for it
-        self._copier = PageCopier(executor.kv_cache, self._copied)
+        self._copier = PageCopier(executor.kv_cache, self._copied, attn_rank)
 
     def run(self) -> bool:
         """True after Stop; False when the leader's channel ended without one."""
@@ -53,11 +56,14 @@ class Follower:
                 self._executor.follow(message)
         return False
 
+    def close(self) -> None:
+        self._copier.close()
+
     def _copy(self, message: Copy) -> None:
-        addresses = message.addresses
-        address = addresses[self._attn_rank] if self._attn_rank < len(addresses) else addresses[0]
+        # The leader's I/O process chose the ways; memory of its host means nothing on another.
+        ranks = tuple(KVRank(address=address if self._is_leader_here else "", desk=desk) for address, desk in message.ranks)
         copy = PageCopy(sequence=NOBODY, src_pages=message.src_pages, dst_pages=message.dst_pages, num_tokens=message.num_tokens,
-                        source=ImportSource(address=address, num_pages=message.num_pages, page_ids=tuple(message.src_pages),
+                        source=ImportSource(ranks=ranks, num_pages=message.num_pages, page_ids=tuple(message.src_pages),
                                             num_tokens=message.num_tokens, layout=message.kv_layout))
         self._numbers[id(copy)] = message.copy_id
         self._copier.start(copy)
@@ -79,12 +85,19 @@ def _run(argv: list[str] | None) -> int:
         sizes = group.agree(sizes)
         executor = load_executor(settings, config, sizes, lambda loaded, total: None, group)
         executor.warm_up()
-        channel = group.to_leader()
-        cache = executor.kv_cache
+        channel, cache = group.to_leader(), executor.kv_cache
+        desk = open_desk(settings, cache)
+        way = ways_to_pool(settings, cache, desk, is_on_leaders_host=group.is_leader_here)
         channel.send(encode(Hello(token=group.token, generation=group.generation, rank=group.rank, num_pages=cache.num_pages,
-                                  pool=cache.address if group.is_leader_here else "", device=settings.device)))
+                                  address=way.address, desk=way.desk)))
         print(f"rank {settings.ranks.rank} follows its leader", file=sys.stderr, flush=True)
-        return 0 if Follower(executor, channel, sizes.page_size, group.parallel.attn.rank).run() else group.lost_leader()
+        follower = Follower(executor, channel, sizes.page_size, group.parallel.attn.rank, is_leader_here=group.is_leader_here)
+        if is_stopped := follower.run():
+            group.expect_end()
+        follower.close()
+        if desk is not None:
+            desk.close()
+        return 0 if is_stopped else group.lost_leader()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,6 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return _run(argv)
+    except groups.GroupBroken:
+        return PEER_STATUS[VANISHED]
     except TokenmillError as error:
         print(f"rank: {error}", file=sys.stderr)
         return CONFIG_STATUS if isinstance(error, ConfigError) else 1

@@ -35,7 +35,7 @@ from workers.leader import Followers, LeaderExecutor
 from workers.loader import weights_hash
 from workers.lockstep import Lockstep
 from workers.model_config import ModelConfig
-from workers.parallel import Parallel, ParallelSizes
+from workers.parallel import Parallel, ParallelSizes, without_multicast
 from workers.settings import EngineSettings, RankSettings
 from workers.step_messages import Hello, decode, encode
 
@@ -49,6 +49,7 @@ SIOCGIFADDR = 0x8915
 def sizes_of(ranks: RankSettings) -> ParallelSizes:
     return ParallelSizes(tp=ranks.tp, dp=ranks.dp, moe_mode=ranks.moe_mode, exchange=ranks.ep_exchange,
                          redundant_experts=ranks.ep_redundant_experts, rebalance_steps=ranks.ep_rebalance_steps,
+                         one_shot_bytes=ranks.one_shot_all_reduce_bytes,
                          prefill_overlap=ranks.prefill_overlap, decode_overlap=ranks.decode_overlap)
 
 
@@ -69,7 +70,7 @@ class Group:
     """A formed group, as one of its ranks sees it."""
 
     def __init__(self, settings: RankSettings, sizes: ParallelSizes, rank: int, member: Member, formed: Formed, parallel: Parallel,
-                 listeners: dict[str, socket.socket], token: str) -> None:
+                 listeners: dict[str, socket.socket], token: str, device: torch.device) -> None:
         """`sizes` and `rank` are those within the group."""
         self.rank = rank
         self.sizes = sizes
@@ -79,6 +80,7 @@ class Group:
         self.hosts = tuple(endpoints.get("host", "") for endpoints in formed.endpoints)
         self.pids = tuple(int(endpoints.get("pid", "0")) for endpoints in formed.endpoints)
         self._settings = settings
+        self._device = device
         self._member = member
         self._formed = formed
         self._listeners = listeners
@@ -99,10 +101,7 @@ class Group:
 
     def smallest(self, value: int) -> int:
         """Of all ranks' values."""
-        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-        tensor = torch.tensor([value], dtype=torch.int64, device=device)
-        dist.all_reduce(tensor, dist.ReduceOp.MIN)
-        return int(tensor)
+        return self.parallel.world.least(value, self._device)
 
     # ---- a leader's ----
 
@@ -116,7 +115,12 @@ class Group:
         self._followers = followers
         return LeaderExecutor(executor, followers, page_size)
 
+    def expect_end(self) -> None:
+        """We were told to end, and so were the others."""
+        self._member.expects_end = True
+
     def stop_followers(self) -> None:
+        self.expect_end()
         if self._followers is not None:
             self._followers.stop()
 
@@ -136,7 +140,7 @@ class Group:
             return None
         if self.rank == 0:
             return lockstep.conduct(self._listeners.pop("rounds"), self.sizes.dp, self._check_leader)
-        hello = Hello(token=self.token, generation=self.generation, rank=self.rank, pool="", num_pages=0, device="")
+        hello = Hello(token=self.token, generation=self.generation, rank=self.rank)
         return lockstep.keep_step(_address(self._formed.endpoints[0]["rounds"]), encode(hello))
 
     def _check_leader(self, data: bytes) -> int:
@@ -181,30 +185,39 @@ def joined(settings: EngineSettings, config: ModelConfig, engine: EngineSizes) -
     if sizes.attn_tp_rank(rank) == 0:
         listeners = {"steps": socket.create_server((host, 0)), "rounds": socket.create_server((host, 0))}
         endpoints |= {kind: f"{host}:{listener.getsockname()[1]}" for kind, listener in listeners.items()}
-    facts = _facts(settings, engine)
-    formed = member.join(Seat(group=name, rank=rank, size=sizes.tp, facts=facts, endpoints=endpoints))
-    member.watch(_end)
-    if rank != 0:
-        store = TCPStore(*_address(formed.endpoints[0]["store"]), sizes.tp, is_master=False, timeout=COLLECTIVE_TIMEOUT,
-                              wait_for_workers=False)
+    seat = Seat(group=name, rank=rank, size=sizes.tp, facts=_facts(settings, engine), endpoints=endpoints)
     try:
+        formed = member.join(seat)
+    except Unavailable as error:
+        log.warning("%s", error)
+        raise GroupBroken from None
+    member.watch(_end)
+    try:
+        if rank != 0:
+            store = TCPStore(*_address(formed.endpoints[0]["store"]), sizes.tp, is_master=False, timeout=COLLECTIVE_TIMEOUT,
+                             wait_for_workers=False)
         _choose_interface(host)
+        without_multicast()
         device = torch.device(settings.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=sizes.tp,
                                 timeout=COLLECTIVE_TIMEOUT, device_id=device if device.type == "cuda" else None)
-        yield Group(ranks, sizes, rank, member, formed, Parallel.join(sizes), listeners, token)
+        yield Group(ranks, sizes, rank, member, formed, Parallel.join(sizes), listeners, token, device)
         member.leave(DONE)
     except ConfigError as error:
         member.leave(DONE, str(error))
         raise
     except Exception as error:
         if member.others_left_first(VERDICT_S):
-            raise Unavailable("the group is broken") from None  # `_end` is about to end this process
+            raise GroupBroken from None  # `_end` is about to end this process
         log.exception("rank %d failed", rank)
         member.leave(CRASHED, f"{type(error).__name__}: {error}")
         raise
+
+
+class GroupBroken(Exception):
+    """Another rank is gone. Not an error of this one."""
 
 
 def _end(broken: Broken) -> None:
@@ -224,7 +237,7 @@ def _facts(settings: EngineSettings, engine: EngineSizes) -> dict[str, str]:
             "--chunked_prefill_size": str(engine.chunk_size), "--graph_max_batch_size": str(settings.graph_max_batch_size),
             "--disable_cudagraph": str(not settings.use_cuda_graphs), "--dp": str(ranks.dp), "MOE_MODE": ranks.moe_mode,
             "--ep_exchange": ranks.ep_exchange, "--ep_redundant_experts": str(ranks.ep_redundant_experts),
-            "--ep_rebalance_steps": str(ranks.ep_rebalance_steps),
+            "--ep_rebalance_steps": str(ranks.ep_rebalance_steps), "--one_shot_all_reduce_bytes": str(ranks.one_shot_all_reduce_bytes),
             "--enable_prefill_microbatch_overlap": str(ranks.prefill_overlap),
             "--enable_decode_microbatch_overlap": str(ranks.decode_overlap)}
 

@@ -1,16 +1,14 @@
 """A batch as two of half the tokens, for passes that take turns. A chunk of a prompt may be cut: its second half runs behind the first."""
 
-from workers.batch import Agreed, ForwardBatch
+from workers.batch import ForwardBatch
 
 
-def halves(batch: ForwardBatch) -> tuple[ForwardBatch, ForwardBatch]:
-    """In each layer the first half must store its keys and values before the second attends. Logits come first half first.
+def halves(batch: ForwardBatch, middle: int) -> tuple[ForwardBatch, ForwardBatch]:
+    """The first `middle` tokens, and the others. In each layer the first half must store its keys and values before the second attends.
 
-    Every rank halves whatever it has, nothing included: all make the same calls.
+    Every rank halves whatever it has, nothing included: all make the same calls. What is agreed is known of the whole only.
     """
-    middle = -(-len(batch.token_ids) // 2)
-    agreed = batch.agreed and Agreed(-(-batch.agreed.num_rows // 2), batch.agreed.is_decode)
-    first, second = (ForwardBatch([], [], [], [], [], [], [], [], agreed) for _ in range(2))
+    first, second = (ForwardBatch([], [], [], [], [], [], [], []) for _ in range(2))
     for half, rows in ((first, slice(0, middle)), (second, slice(middle, None))):
         half.token_ids, half.positions = batch.token_ids[rows], batch.positions[rows]
         half.slot_mapping = batch.slot_mapping[rows]  # empty where the device finds the slots itself

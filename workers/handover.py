@@ -13,8 +13,9 @@ from collections.abc import Callable, Coroutine
 
 from coordinator import subjects
 from coordinator.bus import Bus, Delivery, Message
-from coordinator.errors import InvalidField, MalformedMessage, Unavailable
+from coordinator.errors import InvalidField, MalformedMessage, Unavailable, Unreachable
 from coordinator.fold import Shown
+from coordinator.host_identity import host_identity
 from coordinator.messages import (
     DeadLetter,
     Job,
@@ -39,6 +40,7 @@ from workers.engine_link import EngineCommands
 from workers.engine_messages import Activate, Failed, Imported, ImportSequence, Pinned, PoolAddress, ReleasePin
 from workers.host_lane import HostLane
 from workers.jobs import Identity, Jobs
+from workers.transfer.reach import AUTO, ways_to
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +106,8 @@ class Giver:
         shown = active.shown
         return KVHandle(
             job=active.job.encode(), epoch=active.epoch, layout=self._me.layout, num_tokens=active.num_pinned_tokens,
-            source=KVSource(worker=self._me.worker, incarnation=self._me.incarnation, host=self._me.host, transport="mapped",
-                            address=self._pool.address, num_pages=self._pool.num_pages),
+            source=KVSource(worker=self._me.worker, incarnation=self._me.incarnation, host=host_identity(),
+                            ranks=self._pool.ranks, num_pages=self._pool.num_pages),
             page_ids=active.offered_pages, generation=active.generation, prompt_ids=pack_ids(active.prompt_ids),
             output=pack_ids(shown.token_ids), logprobs=pack_floats(shown.logprobs), texts=tuple(shown.texts),
             cached_tokens=active.cached_tokens, ack_subject=active.ack_subject, chains=active.chains, emitters=tuple(shown.emitters),
@@ -186,8 +188,9 @@ class Taker:
     """The decode side."""
 
     def __init__(self, me: Identity, tokenizer: Tokenizer, bus: Bus, store: Store, engine: EngineCommands, jobs: Jobs,
-                 is_cancelled: Callable[[str], bool]) -> None:
+                 is_cancelled: Callable[[str], bool], kv_transfer: str = AUTO) -> None:
         self._me = me
+        self._kv_transfer = kv_transfer
         self._tokenizer = tokenizer
         self._bus = bus
         self._store = store
@@ -262,14 +265,16 @@ class Taker:
 
     def _refusal(self, handle: KVHandle) -> str | None:
         """Why this handle must not be used here: using it could give a wrong answer. None: it may."""
-        for name in ("model", "weights", "kind", "num_layers", "row", "dtype", "page_size"):
+        for name in ("model", "weights", "kind", "num_layers", "row", "dtype", "page_size", "num_kv_heads"):
             ours, theirs = getattr(self._me.layout, name), getattr(handle.layout, name)
             if ours != theirs:
                 return f"KV layout differs in {name}: ours {ours!r}, {handle.source.worker} has {theirs!r}"
         if self._me.layout.kind == "mock":
             return None   # pages that hold nothing move anywhere
-        if handle.source.transport != "mapped" or handle.source.host != self._me.host:
-            return f"KV pages of {handle.source.worker} on host {handle.source.host} cannot be mapped from host {self._me.host}"
+        try:
+            ways_to(handle.source, host_identity(), self._kv_transfer)
+        except Unreachable as error:
+            return str(error)
         return None
 
     def _open(self, job: Job, handle: KVHandle) -> ActiveJob:
@@ -285,11 +290,12 @@ class Taker:
 
     async def _import(self, active: ActiveJob, handle: KVHandle, delivery: Delivery) -> None:
         source = handle.source
+        ways = ways_to(source, host_identity(), self._kv_transfer)
         arrived = self._imports[active.key] = asyncio.get_running_loop().create_future()
         self._engine.send(ImportSequence(
             job_id=active.key, token_ids=pack_ids([*active.prompt_ids, *active.shown.token_ids]), num_prompt=len(active.prompt_ids),
             params=active.job.params, num_kv_tokens=handle.num_tokens, page_ids=handle.page_ids, layout=handle.layout,
-            is_background=active.is_background, source=PoolAddress(address=source.address, num_pages=source.num_pages)))
+            is_background=active.is_background, source=PoolAddress(ranks=ways, num_pages=source.num_pages)))
         outcome = await arrived
         question = {"job_id": active.job.job_id, "epoch": handle.epoch, "generation": handle.generation}
         if isinstance(outcome, Imported):

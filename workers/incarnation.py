@@ -20,6 +20,7 @@ from coordinator.store import Blame, Store
 from coordinator.subjects import model_token
 from coordinator.tasks import end
 from coordinator.tokenizer import Tokenizer
+from workers import mps
 from workers.active_job import Phase
 from workers.emitter import Emitter
 from workers.engine_link import EngineCommands
@@ -32,7 +33,9 @@ from workers.prefix_teller import PrefixTeller
 from workers.pulling import Pulling, handoff_consumers, job_consumers, lane_consumers
 from workers.recent import RecentIds
 from workers.relief import Relief
+from workers.room import Room
 from workers.settings import WorkerSettings
+from workers.step_clock import StepClock
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +43,6 @@ BEAT_S = subjects.ACK_WAIT_S / 3
 DEADLINE_CHECK_S = 0.1
 MAX_REMEMBERED_CANCELS = 100_000
 ROSTER_PERIOD_S = subjects.ROSTER_MAX_AGE_S / 24
-MAX_PULL = 16
-MAX_IMPORTS = 8
-IN_SLOTS = (Phase.RUNNING, Phase.CLAIMING, Phase.IMPORTING)
-KEPT_TOKENS = 1 / 8     # of the pool: what background jobs leave free
 SETTLE_S = 2.0
 
 
@@ -62,8 +61,11 @@ class Incarnation:
         self._bus = bus
         self._store = store
         self._cancelled = RecentIds(MAX_REMEMBERED_CANCELS)
+        self.mps = str(mps.daemon_folder() or "") if ready.device.startswith("cuda") else ""
         self._model = model_token(settings.engine.model_name)
         self._tasks: list[asyncio.Task[None]] = []
+        self._is_draining = False
+        self._clock = StepClock()
 
     async def start(self) -> None:
         """Register, then pull. Raises Unavailable when NATS or Redis does not answer."""
@@ -96,20 +98,23 @@ class Incarnation:
             self._giver = Giver(me, ready.pool, self._bus, self._store, self._engine, self.jobs)
             await self._giver.start(prefers_host=settings.handoff_same_host)
         intake = Intake(me, self._tokenizer, self._bus, self._store, self.jobs, self._cancelled.__contains__)
+        room = Room(self.jobs, ready, lambda: self._lease.is_fresh, lambda: self.stats)
+
+        def job_pulling(classes: list[list[str]]) -> Pulling:
+            return Pulling(self._bus, classes, room=room.for_jobs, room_for_last=room.for_background_jobs, num_slots=ready.max_num_seqs,
+                           handle=intake.accept)
+
         if me.role == "decode":
-            self._taker = Taker(me, self._tokenizer, self._bus, self._store, self._engine, self.jobs, self._cancelled.__contains__)
-            self._pullings = [Pulling(self._bus, handoff_consumers(self._model, self._handoff_lanes), room=self._room_for_handles,
-                                      room_for_last=self._room_for_background_handles, num_slots=ready.max_num_seqs,
-                                      handle=self._taker.take)]
+            self._taker = Taker(me, self._tokenizer, self._bus, self._store, self._engine, self.jobs, self._cancelled.__contains__,
+                                settings.engine.kv_transfer)
+            self._pullings = [Pulling(self._bus, handoff_consumers(self._model, self._handoff_lanes), room=room.for_handles,
+                                      room_for_last=room.for_background_handles, num_slots=ready.max_num_seqs, handle=self._taker.take)]
             if self._lanes:
-                self._pullings.append(Pulling(self._bus, lane_consumers(self._model, self._lanes), room=self._room_for_jobs,
-                                              room_for_last=self._room_for_background_jobs, num_slots=ready.max_num_seqs,
-                                              handle=intake.accept))
+                self._pullings.append(job_pulling(lane_consumers(self._model, self._lanes)))
         else:
-            pulling = Pulling(self._bus, job_consumers(self._model, own_lanes), room=self._room_for_jobs,
-                              room_for_last=self._room_for_background_jobs, num_slots=ready.max_num_seqs, handle=intake.accept)
+            pulling = job_pulling(job_consumers(self._model, own_lanes))
             self._pullings = [pulling]
-            self._relief = Relief(self._bus, self._model, "".join(own_lanes), self._room_for_jobs, pulling.take_from)
+            self._relief = Relief(self._bus, self._model, "".join(own_lanes), room.for_jobs, pulling.take_from)
         self.jobs.on_change = self._on_room
         for each in self._pullings:
             await each.start()
@@ -122,6 +127,8 @@ class Incarnation:
         engine, stats, layout = self._settings.engine, self.stats, self._ready.layout
         standing_tokens, self._standing_tokens = self._standing_tokens, stats.pending_tokens
         return {"role": engine.role, "engine": engine.engine, "model": self._model, "host": self._host, "pid": os.getpid(),
+                "device": self._ready.device, "kv_transfer": engine.kv_transfer, "mps": self.mps,
+                "state": "draining" if self._is_draining else "serving", "step_s": round(self._clock.step_s, 4),
                 "layout": {name: getattr(layout, name) for name in layout.__slots__},
                 "stats": {name: getattr(stats, name) for name in stats.__slots__},
                 "lanes": self._lanes, "handoff_lanes": self._handoff_lanes, "standing_tokens": standing_tokens,
@@ -147,52 +154,17 @@ class Incarnation:
         own = [subjects.worker_lane(settings.worker_id)] if settings.prefix_affinity else []
         return [*own, subjects.LOCAL_LANE] if settings.serves_local and settings.engine.role == "decode" else own
 
-    # ---- how much to pull ----
-
     def _on_room(self) -> None:
         for pulling in self._pullings:
             pulling.on_change()
-
-    # Background jobs give way in the engine (workers/scheduler.py): what they hold there is no reason to leave others in the queue.
-
-    def _room_for_jobs(self) -> int:
-        """Jobs of the upper classes that may be pulled."""
-        return min(self._slots_for_jobs(background=False), MAX_PULL)
-
-    def _room_for_background_jobs(self) -> int:
-        return self._slots_for_jobs(background=True)
-
-    def _slots_for_jobs(self, *, background: bool) -> int:
-        """Slots free in the engine; none while more prompt tokens wait than two steps compute."""
-        if not self._may_take(background) or self.jobs.num_waiting_tokens(background=background) >= 2 * self._ready.chunk_size:
-            return 0
-        return self._ready.max_num_seqs - self.jobs.num_in(*IN_SLOTS, background=background)
-
-    def _room_for_handles(self) -> int:
-        """Handles of the upper classes that may be pulled."""
-        return min(self._slots_for_handles(background=False), MAX_IMPORTS)
-
-    def _room_for_background_handles(self) -> int:
-        return self._slots_for_handles(background=True)
-
-    def _slots_for_handles(self, *, background: bool) -> int:
-        """Slots free in the engine; none beside a few imports, or a full worker would hoard what others could run."""
-        if not self._may_take(background) or self.jobs.num_in(Phase.IMPORTING, background=background) >= MAX_IMPORTS:
-            return 0
-        return self._ready.max_num_seqs - self.jobs.num_in(*IN_SLOTS, background=background)
-
-    def _may_take(self, background: bool) -> bool:
-        if not self._lease.is_fresh:
-            return False
-        if background:
-            return self.stats.free_tokens > KEPT_TOKENS * self._ready.max_total_tokens
-        return self.stats.free_tokens > 0 or self.jobs.num_in(Phase.RUNNING) > self.jobs.num_in(Phase.RUNNING, background=False)
 
     # ---- events ----
 
     def on_event(self, event: Event) -> None:
         match event:
             case Tokens():
+                # Of a prefill worker no sequence goes on: its first token is its last one there.
+                self._clock.tick(self.me.role != "prefill" and any(row.finish is None for row in event.rows))
                 self.jobs.on_tokens(event)
             case Stats():
                 self.stats = event
@@ -266,11 +238,13 @@ class Incarnation:
     # ---- leaving ----
 
     async def stop_pulling(self) -> None:
+        self._is_draining = True
         if self._relief is not None:
             await self._relief.close()
             self._relief = None
         for pulling in self._pullings:
             await pulling.close()
+        await self._lease.renew_now()
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new and let what is here end by itself, for a while."""

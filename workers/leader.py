@@ -13,6 +13,7 @@ from collections.abc import Callable
 from itertools import count
 
 from coordinator.errors import MalformedMessage, Unavailable
+from coordinator.messages import KVRank
 from workers.batch import ForwardBatch
 from workers.channel import BlockingChannel
 from workers.executor import Executor, Flight
@@ -26,11 +27,11 @@ log = logging.getLogger(__name__)
 
 
 class Followers:
-    """The channels to all followers. `pools[r]` is the address of rank r's pool, the leader's own first."""
+    """The channels to all followers, in no order; `ways` lead to their pools, in the order of ranks."""
 
     def __init__(self, listener: socket.socket, count: int, *, token: str, generation: int, first_rank: int, pool: KVCache) -> None:
         """Waits for all of them to have loaded. (If one never does, the group breaks, and this process ends.)"""
-        self.pools: list[str] = [pool.address] + [""] * count
+        ways = [KVRank()] * count
         self.on_copied: Callable[[int, Copied], None] = lambda index, copied: None
         self._channels: list[BlockingChannel] = []
         while len(self._channels) < count:
@@ -48,10 +49,11 @@ class Followers:
                 log.warning("a connection from %s was closed: %s", peer[0], error)
                 channel.close()
                 continue
-            self.pools[hello.rank - first_rank] = hello.pool
+            ways[hello.rank - first_rank - 1] = KVRank(address=hello.address, desk=hello.desk)
             index = len(self._channels)
             self._channels.append(channel)
             threading.Thread(target=self._listen, args=(index, messages), name=f"rank {hello.rank}", daemon=True).start()
+        self.ways = tuple(ways)
 
     def __len__(self) -> int:
         return len(self._channels)
@@ -119,10 +121,13 @@ class GroupCopier:
             self._running[number] = copy, len(self._followers) + 1, ""
         source, layout = copy.source, copy.source.layout
         self._followers.send(encode(Copy(
-            copy_id=number, addresses=source.rank_addresses or (source.address,), num_pages=source.num_pages,
+            copy_id=number, ranks=[(rank.address, rank.desk) for rank in source.ranks], num_pages=source.num_pages,
             layout={name: getattr(layout, name) for name in layout.__slots__}, src_pages=copy.src_pages, dst_pages=copy.dst_pages,
             num_tokens=copy.num_tokens)))
         self._own.start(copy)
+
+    def close(self) -> None:
+        self._own.close()
 
     def _one_done(self, number: int, error: str) -> None:
         with self._lock:

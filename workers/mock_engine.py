@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from coordinator.errors import ConfigError, InvalidField, PagesExhausted
-from coordinator.messages import KVLayout, pack_ids
+from coordinator.messages import KVLayout, KVRank, pack_ids
 from coordinator.tokenizer import read_json
 from workers.block_journal import BlockJournal
 from workers.engine_messages import (
@@ -188,7 +188,7 @@ def _ready(settings: EngineSettings, eos_ids: tuple[int, ...]) -> Ready:
     if num_pages < 1:
         raise ConfigError(f"--max_total_token_num {settings.max_total_token_num}: no room for a KV page of {page_size} tokens")
     layout = KVLayout(model=settings.model_name, weights="mock", kind="mock", num_layers=1, row=1, dtype="none", page_size=page_size)
-    pool = PoolAddress(address="mock", num_pages=num_pages)
+    pool = PoolAddress(ranks=(KVRank(address="mock"),), num_pages=num_pages)
     return Ready(layout=layout, pool=pool, device="mock", max_total_tokens=num_pages * page_size,
                  max_seq_len=settings.max_req_total_len, max_num_seqs=settings.running_max_req_size or MAX_SEQS,
                  chunk_size=settings.chunked_prefill_size or CHUNK_SIZE, vocab_size=vocab_size, eos_ids=eos_ids)

@@ -77,5 +77,8 @@ class _NoProcess:
             raise subprocess.TimeoutExpired("mock engine", timeout or 0.0)
         return self._status
 
+    def terminate(self) -> None:
+        self.kill()
+
     def kill(self) -> None:
         self.end(KILLED)

@@ -54,11 +54,11 @@ class ModelRunner:
         self.dtype = dtype or getattr(torch, self.config.dtype)
         self.page_size = page_size
         self.kv_cache = KVCache.create(sizes.local(self.config), num_pages, page_size, self.dtype, self.device, weights_hash(model_dir),
-                                       sizes.attn_tp)
+                                       tp_size=sizes.attn_tp, whole=self.config)
         checkpoint = Checkpoint(model_dir, self.config, self.dtype, self.device, progress)
         self._model = BUILDERS[self.config.architecture](checkpoint, self.config, ops_for(self.device), load_workers, parallel)
         checkpoint.finish()
-        self._balancer = ExpertBalancer(self._model.spread, parallel.world, sizes.rebalance_steps)
+        self.balancer = ExpertBalancer(self._model.spread, parallel.world, sizes.rebalance_steps)
         self._rotations = rotation_table(self.config.rope, self.config.max_position, self.device)
 
     @torch.inference_mode()
@@ -67,18 +67,16 @@ class ModelRunner:
 
         Returns logits [len(batch.logit_rows), vocab_size] float32 on the runner's device, in the order of logit_rows.
         """
-        if self._is_halved(batch):
-            first, second = halves(batch)
-            logits = self._model.both(self._step(first), self._step(second), self.kv_cache.layers)
+        agreed = self._sizes.agreed(batch)
+        capacity = self._sizes.capacity(agreed)
+        if self._sizes.decode_overlap if agreed is not None and agreed.is_decode else self._sizes.prefill_overlap:
+            first, second = halves(batch, -(-len(batch.token_ids) // 2))
+            capacity = -(-capacity // 2)
+            logits = self._model.both(self._step(first, capacity), self._step(second, capacity), self.kv_cache.layers)
         else:
-            logits = self._model(self._step(batch), self.kv_cache.layers)
-        self._balancer.after_step()
+            logits = self._model(self._step(batch, capacity), self.kv_cache.layers)
+        self.balancer.after_step()
         return logits
-
-    def _is_halved(self, batch: ForwardBatch) -> bool:
-        """The same on all ranks, whatever each has to do."""
-        is_decode = batch.agreed is not None and batch.agreed.is_decode
-        return self._sizes.decode_overlap if is_decode else self._sizes.prefill_overlap
 
     def warmup(self) -> None:
         """Run a prefill and a decode over the first page, so that the first request does not pay for lazy set-up. Before any request."""
@@ -87,8 +85,9 @@ class ModelRunner:
         self.forward(ForwardBatch([0] * length, slots, slots, [length], [length], [[0]], [length - 1],
                                   agreed=Agreed(length, is_decode=False)))
         self.forward(ForwardBatch([0], slots[-1:], slots[-1:], [1], [length], [[0]], [0], agreed=Agreed(1, is_decode=True)))
+        self.balancer.start()
 
-    def _step(self, batch: ForwardBatch) -> Step:
+    def _step(self, batch: ForwardBatch, capacity: int) -> Step:
         num_tokens = len(batch.token_ids)
         assert num_tokens == sum(batch.query_lens) == len(batch.positions) == len(batch.slot_mapping)
         rows = [batch.token_ids, batch.positions, batch.slot_mapping]
@@ -100,5 +99,5 @@ class ModelRunner:
             slots=slots,
             logit_rows=None if is_every_row else torch.tensor(batch.logit_rows, dtype=torch.int64, device=self.device),
             plan=make_plan(batch.query_lens, batch.seq_lens, batch.page_tables, self.page_size, self.device, self.dtype),
-            capacity=self._sizes.capacity(batch.agreed),
+            capacity=capacity,
         )

@@ -3,17 +3,30 @@
 Who starts the processes and calls torch.distributed.init_process_group is not known here.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from workers.cut import Cut
+from workers.one_shot import OneShotAllReduce
 from workers.parallel_sizes import ONE_RANK, ParallelSizes
 
-__all__ = ["ONE", "ONE_RANK", "Parallel", "ParallelSizes", "RankGroup", "Work"]
+__all__ = ["ONE", "ONE_RANK", "Parallel", "ParallelSizes", "RankGroup", "Work", "without_multicast"]
+
+
+# The name is newer than the oldest torch that we take, and the older one warns where both are there.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def without_multicast() -> None:
+    """Before init_process_group: NVLink multicast, which shares a switch with other users of the machine, is used only if asked for."""
+    for name, off in (("NCCL_NVLS_ENABLE", "0"), ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")):
+        os.environ.setdefault(name, off)
 
 
 class Work(Protocol):
@@ -32,14 +45,20 @@ class _Done:
 DONE = _Done()
 
 
+def _rows(gathered: Tensor) -> Tensor:
+    """[size, N, ...] as the library wants it: one rank's rows below the other's."""
+    return gathered.flatten(0, 1) if gathered.dim() > 1 else gathered
+
+
 class RankGroup:
     """Some ranks that compute together, and this one's place among them. All of them must make the same calls in the same order."""
 
     def __init__(self, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None) -> None:
-        assert 0 <= rank < size and (group is not None or size == 1)
+        assert 0 <= rank < size
         self.rank = rank
         self.size = size
         self.group = group
+        self.one_shot: OneShotAllReduce | None = None
 
     def cut(self, dim: int, whole: int) -> Cut:
         """This rank's equal part of a dimension. `validate` of the sizes has made sure that there is one."""
@@ -47,15 +66,19 @@ class RankGroup:
         return Cut(dim, self.rank * (whole // self.size), whole)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over the ranks, in place."""
+        """The sum over the ranks: x itself, or a new tensor."""
+        if self.one_shot is not None and self.one_shot.takes(x):
+            return self.one_shot(x)
         if self.size > 1:
             dist.all_reduce(x, group=self.group)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         """x [...] of each rank, all of one shape -> [size, ...]"""
-        out, work = self.start_all_gather(x)
-        work.wait()
+        if self.size == 1:
+            return x.unsqueeze(0)
+        out = x.new_empty(self.size, *x.shape)
+        _all_gather(_rows(out), x.contiguous(), group=self.group)  # on the current stream, as all that is waited for at once
         return out
 
     def start_all_gather(self, x: Tensor) -> tuple[Tensor, Work]:
@@ -63,7 +86,7 @@ class RankGroup:
         if self.size == 1:
             return x.unsqueeze(0), DONE
         out = x.new_empty(self.size, *x.shape)
-        work = dist.all_gather_into_tensor(out.flatten(0, 1) if x.dim() else out, x.contiguous(), group=self.group, async_op=True)
+        work = _all_gather(_rows(out), x.contiguous(), group=self.group, async_op=True)
         assert work is not None
         return out, work
 
@@ -76,6 +99,14 @@ class RankGroup:
                                       None if sent is None else list(sent), group=self.group, async_op=True)
         assert work is not None
         return out, work
+
+    def least(self, number: int, device: torch.device) -> int:
+        """The smallest of the ranks' numbers."""
+        if self.size == 1:
+            return number
+        smallest = torch.tensor(number, device=device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=self.group)
+        return int(smallest)
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         """x of the rank `source` of this group, in place on the others."""
@@ -110,6 +141,8 @@ class Parallel:
             first = sizes.dp_rank(rank) * sizes.attn_tp
             members = dist.get_process_group_ranks(all_ranks)[first : first + sizes.attn_tp]
             attn = RankGroup(rank - first, sizes.attn_tp, dist.new_group(members, use_local_synchronization=True))
+        if sizes.one_shot_bytes and attn.group is not None:
+            attn.one_shot = OneShotAllReduce(attn.group, sizes.one_shot_bytes)
         return cls(sizes=sizes, rank=rank, attn=attn, world=world)
 
 

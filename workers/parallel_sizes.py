@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from coordinator.errors import ConfigError
 from kernels.block_fp8 import BLOCK
-from workers.batch import Agreed
+from workers.batch import Agreed, ForwardBatch
 from workers.model_config import ModelConfig
 
 MOE_MODES = ("TP", "EP")
@@ -28,6 +28,7 @@ class ParallelSizes:
     rebalance_steps: int = 0       # steps after which experts move to where the load asks for; 0: never
     prefill_overlap: bool = False  # two half batches in steps with prompts: one computes while the other's tokens travel
     decode_overlap: bool = False   # the same in steps of decodes alone
+    one_shot_bytes: int = 0        # sums of up to so many bytes by reading the other ranks' memory; 0: always by the library
 
     @property
     def attn_tp(self) -> int:
@@ -62,11 +63,17 @@ class ParallelSizes:
         kv_heads = config.num_heads // self.attn_tp if config.mla else len(self.kv_heads(config, 0))
         return replace(config, num_heads=config.num_heads // self.attn_tp, num_kv_heads=kv_heads)
 
+    def agreed(self, batch: ForwardBatch) -> Agreed | None:
+        """What is known of all batches of this step. A dp group that steps by itself knows it of its own."""
+        if batch.agreed is None and (self.dp == 1 or not self.is_ep):
+            return Agreed(len(batch.token_ids), all(count == 1 for count in batch.query_lens))
+        return batch.agreed
+
     def capacity(self, agreed: Agreed | None) -> int:
         """Rows of a dp group that an exchange without sizes makes room for in this step; 0: sizes are exchanged."""
         if agreed is None or not self.is_ep or not (self.exchange == "padded" or (agreed.is_decode and self.exchange != "exact")):
             return 0
-        return agreed.num_rows
+        return max(agreed.num_rows, 1)
 
     def validate(self, config: ModelConfig, *, keeps_fp8: bool = False) -> None:
         """Raises ConfigError naming the flag that this model cannot honour. `keeps_fp8`: FP8 weights stay FP8 (on a GPU)."""
@@ -76,6 +83,9 @@ class ParallelSizes:
             raise ConfigError(f"MOE_MODE must be one of {', '.join(MOE_MODES)}, got {self.moe_mode!r}")
         if self.exchange not in EXCHANGES:
             raise ConfigError(f"--ep_exchange must be one of {', '.join(EXCHANGES)}, got {self.exchange!r}")
+        if self.one_shot_bytes < 0 or (self.one_shot_bytes and self.attn_tp == 1):
+            raise ConfigError(f"--one_shot_all_reduce_bytes {self.one_shot_bytes}: it must not be negative, and a dp group of one rank "
+                              "has no sums over ranks")
         self._check_heads(config)
         if self.is_ep:
             self._check_ep(config)

@@ -17,6 +17,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add("--ep_exchange", default="auto")
     add("--ep_redundant_experts", type=int, default=0)
     add("--ep_rebalance_steps", type=int, default=0)
+    add("--one_shot_all_reduce_bytes", type=int, default=0)
     add("--enable_prefill_microbatch_overlap", action="store_true")
     add("--enable_decode_microbatch_overlap", action="store_true")
 
@@ -26,4 +27,4 @@ def settings(flags: argparse.Namespace) -> RankSettings:
         rank=flags.rank, local_rank=flags.local_rank, num_local=flags.num_local, desk=flags.desk, tp=flags.tp, dp=flags.dp,
         moe_mode=flags.moe_mode, ep_exchange=flags.ep_exchange, ep_redundant_experts=flags.ep_redundant_experts,
         ep_rebalance_steps=flags.ep_rebalance_steps, prefill_overlap=flags.enable_prefill_microbatch_overlap,
-        decode_overlap=flags.enable_decode_microbatch_overlap)
+        one_shot_all_reduce_bytes=flags.one_shot_all_reduce_bytes, decode_overlap=flags.enable_decode_microbatch_overlap)

@@ -17,7 +17,7 @@ waits for its first token next to nothing; those that have no turn keep their pa
 
 from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Literal
 
@@ -257,6 +257,12 @@ class Scheduler:
                 after.append(self._pin(sequence))
         tokens = [Tokens(rows=tuple(rows), prefilled=tuple(prefilled))] if rows or prefilled else []
         return [*tokens, *after]
+
+    def set_role(self, role: Role) -> None:
+        """Forget all sequences: what is still in flight for them is dropped when it arrives."""
+        for job_id in list(self._sequences):
+            self.cancel(job_id)
+        self.settings = replace(self.settings, role=role)
 
     # ---- views ----
 

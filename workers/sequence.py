@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from coordinator.errors import InvalidField
-from coordinator.messages import KVLayout, TopLogprobs, unpack_ids
+from coordinator.messages import KVLayout, KVRank, TopLogprobs, unpack_ids
 from coordinator.sampling import SamplingParams
 from workers.engine_messages import AddSequence, EngineFinish, ImportSequence
 from workers.radix_cache import Node
@@ -40,14 +40,13 @@ class State(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportSource:
-    """Where an imported sequence's KV lies: `num_tokens` of them in `page_ids` of the pool at `address`."""
+    """Where an imported sequence's KV lies: `num_tokens` of them in `page_ids` of the pool of each of these ranks."""
 
-    address: str
+    ranks: tuple[KVRank, ...]
     num_pages: int
     page_ids: tuple[int, ...]
     num_tokens: int
     layout: KVLayout
-    rank_addresses: tuple[str, ...] = ()  # of all ranks' pools, where the source has several
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,9 +141,8 @@ def open_sequence(command: AddSequence | ImportSequence, limits: Limits) -> Sequ
             raise InvalidField("num_kv_tokens", "an import must hold at least one token and lack the last one")
         if len(command.page_ids) < num_pages or any(page >= command.source.num_pages for page in command.page_ids):
             raise InvalidField("page_ids", f"{num_tokens} tokens need {num_pages} pages below {command.source.num_pages}")
-        sequence.source = ImportSource(address=command.source.address, num_pages=command.source.num_pages, num_tokens=num_tokens,
-                                       page_ids=command.page_ids[:num_pages], layout=command.layout,
-                                       rank_addresses=command.source.rank_addresses)
+        sequence.source = ImportSource(ranks=command.source.ranks, num_pages=command.source.num_pages, num_tokens=num_tokens,
+                                       page_ids=command.page_ids[:num_pages], layout=command.layout)
     return sequence
 
 

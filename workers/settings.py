@@ -19,6 +19,7 @@ class RankSettings:
     ep_rebalance_steps: int = 0
     prefill_overlap: bool = False
     decode_overlap: bool = False
+    one_shot_all_reduce_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,8 @@ class EngineSettings:
     graph_max_batch_size: int = 256  # decoding sequences up to which steps are CUDA graphs
     use_cuda_graphs: bool = True
     use_fa3: bool = False
+    kv_transfer: str = "auto"        # ways by which keys and values are handed over: auto, mapped or collective
+    kv_host: str = "127.0.0.1"       # where a prefill worker's desk listens, for transfers by collectives
     depth: int = 0                   # steps between launch and result: 1 on CPU, 2 on GPU
     ranks: RankSettings = field(default_factory=RankSettings)
 

@@ -17,22 +17,22 @@ from workers.sequence import num_pages_for
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """A follower that has loaded: which rank it is, and the address of its KV pool ("": not to be mapped from the leader's host)."""
+    """A follower that has loaded: which rank it is, and how its KV pool is reached (KVRank)."""
 
     token: str
     generation: int
     rank: int
-    pool: str
-    num_pages: int
-    device: str
+    num_pages: int = 0
+    address: str = ""
+    desk: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
-    """Copy pages of another worker's pools; answered by Copied. `addresses`: one pool for each of its ranks."""
+    """Copy pages of another worker's pools; answered by Copied. `ranks`: address and desk of each of its ranks."""
 
     copy_id: int
-    addresses: tuple[str, ...]
+    ranks: list[tuple[str, str]]
     num_pages: int
     layout: dict[str, Any]
     src_pages: list[int]

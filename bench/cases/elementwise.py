@@ -67,7 +67,7 @@ def _case(kernel: str, shape: str, tokens: int, num_bytes: int, make: Callable[[
                         num_sets=len(sets), configs=configs,
                         peers={name: partial(on_set, peer) for name, peer in (peers or {}).items()})
 
-    bar = "<= 2 us" if tokens == 1 else "" if is_decode else ">= 3,400 GB/s"
+    bar = "<= 2 us" if tokens == 1 else "" if is_decode else ">= 2,400 GB/s"
     return KernelCase(kernel=kernel, shape=shape, num_bytes=num_bytes, num_flops=0, rate="fp32", setup=setup, bar=bar)
 
 

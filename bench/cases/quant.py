@@ -54,4 +54,4 @@ def _case(name: str, op: Callable[..., Any], reference: Callable[..., Any], toke
                         reference=lambda index: reference(sets[index]).data.float(), num_sets=len(sets), configs=CONFIGS)
 
     return KernelCase(kernel="quant", shape=f"{name}, T {tokens}, {columns} columns", num_bytes=num_bytes, num_flops=0, rate="fp32",
-                      setup=setup, bar="" if is_decode else ">= 3,400 GB/s")
+                      setup=setup, bar="" if is_decode else ">= 2,400 GB/s")

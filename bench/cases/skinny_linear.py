@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.kernel_case import KernelCase, Prepared
-from kernels.skinny_linear import ROWS, TILES, Config, skinny_linear, skinny_linear_reference
+from kernels.skinny_linear import ROWS, TABLES, TILES, Config, config_for, skinny_linear, skinny_linear_reference
 
 SHAPES = {"q + kv_a": (3648, 2048), "o": (2048, 2048), "gate + up": (21888, 2048), "down": (2048, 10944), "head": (102400, 2048)}
 BARS = {"q + kv_a": "<= 4.5 us", "o": "<= 3.3 us"}
@@ -22,7 +22,8 @@ def cases() -> list[KernelCase]:
 def offline_calls() -> list[Callable[[], object]]:
     def call(name: str, num_tokens: int) -> Callable[[], object]:
         return lambda: _product(torch.empty(num_tokens, SHAPES[name][1], dtype=torch.bfloat16),
-                                torch.empty(SHAPES[name], dtype=torch.bfloat16), name, ROWS if num_tokens <= 4 else TILES)
+                                torch.empty(SHAPES[name], dtype=torch.bfloat16), name,
+                                config_for(num_tokens, TABLES.get(SHAPES[name], ())) or (ROWS if num_tokens <= 4 else TILES))
 
     return [call("q + kv_a", 1), call("q + kv_a", 4), call("down", 1), call("down", 16), call("head", 1), call("head", 8)]
 

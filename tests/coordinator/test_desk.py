@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from coordinator import desk_record
 from coordinator.desk import Desk
 from coordinator.errors import ConfigError
 from coordinator.rendezvous import CRASHED, DONE, VANISHED, Broken, Formed, Member, Seat, ask_services
@@ -104,9 +105,10 @@ def test_ranks_with_other_settings_or_another_token_are_refused_by_name_and_the_
 
 
 def test_other_nodes_learn_where_the_queue_is_and_flags_that_differ_are_named(desk: Desk) -> None:
-    assert ask_services(desk.address, TOKEN, node_rank=1, facts={"--tp": "4"}) == {"nats_url": "nats://n", "redis_url": "redis://r"}
+    found = ask_services(lambda: desk.address, TOKEN, node_rank=1, facts={"--tp": "4"})
+    assert found == (desk.address, {"nats_url": "nats://n", "redis_url": "redis://r"})
     with pytest.raises(ConfigError, match="--tp is 8 here and 4 for node 0"):
-        ask_services(desk.address, TOKEN, node_rank=1, facts={"--tp": "8"})
+        ask_services(lambda: desk.address, TOKEN, node_rank=1, facts={"--tp": "8"})
 
 
 def test_the_end_of_the_desk_breaks_its_groups() -> None:
@@ -126,3 +128,15 @@ def test_garbage_on_the_port_harms_nobody(desk: Desk) -> None:
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
         assert stranger.recv(10) == b""
     assert Rank(desk, 0, 1).formed()
+
+
+@pytest.mark.services
+def test_nodes_that_know_the_farms_redis_find_the_desk_through_it(redis_url: str, desk: Desk) -> None:
+    addresses = iter(["", "127.0.0.1:9"])  # not written down yet; what a dead node 0 left
+    desk_record.tell(redis_url, "g", "127.0.0.1:9")
+    desk_record.tell(redis_url, "g", desk.address)
+    found, urls = ask_services(lambda: next(addresses, desk_record.find(redis_url, "g")), TOKEN, node_rank=1, facts={"--tp": "4"})
+    assert found == desk.address and urls["nats_url"] == "nats://n"
+    with pytest.raises(ConfigError, match=r"another group called g.*--worker_id"):
+        desk_record.tell(redis_url, "g", "127.0.0.1:1")
+    assert desk_record.own_address(redis_url) == "127.0.0.1"

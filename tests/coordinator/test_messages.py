@@ -18,6 +18,7 @@ from coordinator.messages import (
     Job,
     KVHandle,
     KVLayout,
+    KVRank,
     KVSource,
     TokenRun,
     encode_map,
@@ -31,7 +32,7 @@ from coordinator.messages import (
 from coordinator.sampling import SamplingParams
 
 LAYOUT = KVLayout(model="m", weights="abc", kind="mla", num_layers=2, row=80, dtype="float32", page_size=16)
-SOURCE = KVSource(worker="p-0", incarnation=7, host="here", transport="mapped", address="/proc/1/fd/3", num_pages=8)
+SOURCE = KVSource(worker="p-0", incarnation=7, host="here", ranks=(KVRank(address="/proc/1/fd/3"),), num_pages=8)
 
 
 def job(**changes: object) -> Job:

@@ -61,6 +61,20 @@ async def test_nobody_hears_what_another_role_is_told(record: QueueRecord) -> No
     assert not [subject for subject in heard if not subject.startswith("_INBOX_worker")]
 
 
+async def test_a_client_submits_and_reads_and_writes_nothing_else(record: QueueRecord) -> None:
+    worker_url, client_url = record.urls("worker").nats_url, record.urls("client").nats_url
+    async with await Bus.connect(worker_url, "w") as worker, await Bus.connect(client_url, "c") as client:
+        await worker.provision("m")
+        frames = asyncio.Event()
+        await client.subscribe("live.me.>", lambda message: frames.set())
+        await client.flush()
+        assert await may_publish(client, "jobs.m.normal.any")
+        for subject in ("out.me.w.1", "results.j3", "handoff.m.any", "dlq.m", "roster.w.1"):
+            assert not await may_publish(client, subject), subject
+        await worker.store("out.me.w.1", b"x", {})
+        await asyncio.wait_for(frames.wait(), 10)
+
+
 async def test_without_a_password_nobody_comes_in(record: QueueRecord) -> None:
     with pytest.raises(Unavailable, match="Authorization"):
         await Bus.connect(f"nats://127.0.0.1:{record.nats_port}", "stranger", timeout_s=1.0)

@@ -46,6 +46,25 @@ def test_switches_are_passed_on_when_they_are_set(model_dir: str) -> None:
     assert set(switches) <= set(worker_args(model_dir, *switches))
 
 
+@pytest.mark.parametrize(("flags", "p2p", "value"), [
+    ([], "", "auto"), ([], "1", "auto"), ([], "0", "collective"), (["--kv_transfer", "mapped"], "1", "mapped"),
+    (["--kv_transfer", "collective"], "0", "collective"), (["--kv_transfer", "auto"], "0", "auto"),
+])
+def test_the_way_of_hand_overs_is_said_by_a_flag_or_as_lightllm_says_it(model_dir: str, flags: list[str], p2p: str, value: str) -> None:
+    parsed = serve_flags.parse(["--model_dir", model_dir, *flags], {"KV_TRANS_USE_P2P": p2p} if p2p else {})
+    assert value_of(serve._worker_args(parsed, "decode"), "--kv_transfer") == value
+
+
+@pytest.mark.parametrize(("flags", "p2p", "text"), [
+    ([], "yes", "KV_TRANS_USE_P2P='yes'"),
+    (["--kv_transfer", "collective"], "1", "KV_TRANS_USE_P2P=1 contradicts --kv_transfer collective"),
+    (["--kv_transfer", "mapped"], "0", "KV_TRANS_USE_P2P=0 contradicts --kv_transfer mapped"),
+])
+def test_two_ways_at_once_are_refused(model_dir: str, flags: list[str], p2p: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        serve_flags.parse(["--model_dir", model_dir, *flags], {"KV_TRANS_USE_P2P": p2p})
+
+
 @pytest.mark.parametrize(("flags", "text"), [(["--engine_stall_s", "-1"], "--engine_stall_s"), (["--enable_mps"], "--enable_mps")])
 def test_what_cannot_be_is_refused_by_name(model_dir: str, flags: list[str], text: str) -> None:
     with pytest.raises(ConfigError, match=text):

@@ -149,6 +149,6 @@ def test_the_configs_of_the_table_are_right_on_real_sizes(device: torch.device, 
 def test_an_overlapping_launch_gives_the_same_bits(device: torch.device, num_tokens: int) -> None:
     case = Case(num_tokens, device, torch.bfloat16, num_experts=64, top_k=6, hidden=2048, inner=1408)
     config = config_for(num_tokens, 2048, 1408)
-    alone = case.run(replace(config, overlaps=False))
+    alone = case.run(replace(config, prefetches=False))
     for _ in range(20):
-        assert torch.equal(case.run(replace(config, overlaps=True)), alone)
+        assert torch.equal(case.run(replace(config, prefetches=True)), alone)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.combined_product import combined_product, combined_product_reference
 from kernels.launch import IS_INTERPRETED
-from kernels.mla_decode import Config, config_for, mla_decode, mla_decode_reference, num_splits
+from kernels.mla_decode import Config, config_for, mla_decode, mla_decode_parts, mla_decode_reference, num_splits
 from kernels.split_schedule import SplitSchedule
 
 SCALE = 0.3
@@ -73,6 +74,22 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 def test_ragged_batches_match_plain_torch(device: torch.device, dtype: torch.dtype, config: Config) -> None:
     case = make_case(device, dtype, [1, 16, 50, 0, 97, 15])
     assert_close(case.run(3, config), case.expected(), dtype)
+
+
+@pytest.mark.parametrize("lens", [[130], [7], [0], [64, 0, 33]])
+def test_parts_are_added_up_and_leave_the_latent_space_in_one_launch(device: torch.device, dtype: torch.dtype, lens: list[int]) -> None:
+    case = make_case(device, dtype, lens)
+    schedule = SplitSchedule.allocate(len(lens), 3, device, 16)
+    schedule.refill(case.seq_lens, len(lens))
+    attended, results, log_sums = mla_decode_parts(case.q_latent, case.q_rope, case.cache, case.page_table, case.seq_lens, schedule, SCALE,
+                                                   case.page_size, torch.full_like(case.q_latent, float("nan")))
+    weight = torch.randn(4, 24, 32, generator=torch.Generator().manual_seed(1)).to(device, dtype).transpose(1, 2)
+    out = torch.full((len(lens), 4, 24), float("nan"), dtype=dtype, device=device)
+    combined_product(attended, results, log_sums, case.seq_lens, schedule, weight, out)
+    expected = combined_product_reference(case.expected(), weight)
+    assert not out[case.seq_lens == 0].any()
+    if any(lens):
+        assert_close(out, expected, dtype)
 
 
 @pytest.mark.parametrize("num_programs", [1, 2, 8])

@@ -87,6 +87,14 @@ def test_noaux_routing_chooses_with_the_bias_and_weighs_without_it() -> None:
     assert by_id == pytest.approx({2: 1.25, 3: 1.25, 0: 2.5 / (1 + math.exp(-2))})
 
 
+def test_a_choice_of_none_adds_nothing() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, gate_up, down = (torch.randn(shape, generator=generator) for shape in ((4, 8), (3, 12, 8), (3, 8, 6)))
+    ids, weights = torch.tensor([[0, -1], [-1, -1], [2, 1], [-1, 0]], dtype=torch.int32), torch.rand(4, 2, generator=generator)
+    expected = reference.fused_experts(x, gate_up, down, ids.clamp(min=0), weights * (ids >= 0))
+    assert_close(reference.fused_experts(x, gate_up, down, ids, weights), expected, 1e-6)
+
+
 def test_fused_experts_equal_a_loop_over_tokens() -> None:
     x, gate_up, down = randn(9, 16), randn(5, 24, 16, seed=1), randn(5, 16, 12, seed=2)
     ids = torch.stack([torch.randperm(5, generator=torch.Generator().manual_seed(i))[:2] for i in range(9)])

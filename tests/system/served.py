@@ -14,7 +14,7 @@ import httpx
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-READY = re.compile(r"tokenmill ready: (http://[^\s]+)")
+READY = re.compile(r"(?:tokenmill|pd_master) ready: (http://[^\s]+)")
 READY_S = 150.0
 PREFIX: Sequence[str] = ()
 
@@ -58,6 +58,12 @@ class Served:
             assert self.process.poll() is None and time.monotonic() < give_up_at, self.log
             time.sleep(0.05)
         return found[1]
+
+    def wait_said(self, what: str, times: int = 1) -> None:
+        give_up_at = time.monotonic() + READY_S
+        while self.log.count(what) < times:
+            assert self.process.poll() is None and time.monotonic() < give_up_at, self.log
+            time.sleep(0.05)
 
     def rank(self, rank: int) -> psutil.Process:
         """The process that computes as this rank: a follower, or a leader's engine. Waits for it to be there."""

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+from coordinator.messages import CLASSES
+from tests.system.farm import ROOT
 from tests.system.serving import Serving, Servings, free_ports
 from workers.random_model import write_random_model
 
@@ -32,7 +36,7 @@ class Fleet(Servings):
             "PD_MASTER_2_PORT": str(self.ports[1])})
 
     def config_server(self) -> None:
-        self.config = self.script("config", "multi_pd_master/config_server.sh", HOST)
+        self.config = self.script("config", "multi_pd_master/config_server.sh", HOST, flags="--planner advise")
         self.config.wait_said("config_server ready")
 
     def master(self, number: int) -> str:
@@ -155,6 +159,68 @@ def test_a_second_config_server_joins_and_knows_the_same(fleet: Fleet) -> None:
     both = [f"http://127.0.0.1:{port}/bootstrap?role=worker" for port in (fleet.config_port, fleet.second_config_port)]
     told = [httpx.get(url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=10).json() for url in both]
     assert told[0] == told[1] and "worker:" in told[0]["nats_url"]
+
+
+def tokenmill(fleet: Fleet, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tokenmill", *args, "--url", f"http://{HOST}:{fleet.config_port}"]
+    environment = {**os.environ, "TOKENMILL_CLUSTER_TOKEN": TOKEN}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+
+
+async def test_a_worker_changes_its_role_under_load_and_back_and_nothing_is_lost(fleet: Fleet) -> None:
+    refused = tokenmill(fleet, "drain", "prefill-1")
+    assert refused.returncode == 1 and "nobody could prefill" in refused.stderr
+    fleet.worker("prefill", "turncoat")
+    async with httpx.AsyncClient(timeout=120) as http:
+        async def ask(number: int) -> dict[str, Any]:
+            body = {"inputs": [number, 2, 3], "parameters": {"max_new_tokens": 60, "ignore_eos": True}}
+            reply = await http.post(f"{url_of(fleet, number % 2)}/generate", json=body)
+            assert reply.status_code == 200, reply.text
+            answer: dict[str, Any] = reply.json()
+            return answer
+
+        alone = [await ask(number) for number in range(4)]
+        while not any(worker["worker"] == "turncoat" and worker["alive"] for worker in registry(fleet)["workers"]):
+            await asyncio.sleep(0.1)
+        before = {worker["incarnation"] for worker in registry(fleet)["workers"] if worker["worker"] == "turncoat"}
+        asked = [asyncio.create_task(ask(number % 4)) for number in range(24)]
+        for role in ("decode", "prefill"):
+            switched = await asyncio.to_thread(tokenmill, fleet, "worker", "set-role", "turncoat", role)
+            assert switched.returncode == 0 and f"is {role} now" in switched.stdout, switched.stderr
+            asked += [asyncio.create_task(ask(number % 4)) for number in range(8)]
+        answers = await asyncio.gather(*asked)
+    assert all(answer["generated_text"] == alone[index % 4]["generated_text"] for index, answer in enumerate(answers))
+    after = {worker["incarnation"] for worker in registry(fleet)["workers"] if worker["worker"] == "turncoat" and worker["alive"]}
+    assert after and not after & before
+
+
+async def test_open_jobs_doors_queues_and_the_planner_are_shown(fleet: Fleet) -> None:
+    async with httpx.AsyncClient(timeout=120) as http:
+        body = {"inputs": [1, 2, 3], "parameters": {"max_new_tokens": 2400, "ignore_eos": True}}
+        headers = {"X-Job-Id": "watched", "X-Tenant": "me"}
+        asking = asyncio.create_task(http.post(f"{url_of(fleet, 1)}/generate", json=body, headers=headers))
+        rows: list[dict[str, Any]] = []
+        while not rows and not asking.done():
+            listed = await asyncio.to_thread(tokenmill, fleet, "jobs", "list", "--json")
+            rows = [row for row in json.loads(listed.stdout) if row["job_id"] == "watched"]
+        assert (rows[0]["tenant"], rows[0]["klass"], rows[0]["tokens"]) == ("me", "normal", 2403)
+        assert (await asyncio.to_thread(tokenmill, fleet, "jobs", "cancel", "watched")).returncode == 0
+        assert (await asking).status_code == 499
+    said = await asyncio.to_thread(tokenmill, fleet, "status", "--json")
+    status = json.loads(said.stdout)
+    assert len(status["masters"]) >= 3 and status["config_servers"] and set(status["queues"]) == {*CLASSES, "handoff"}
+    assert status["roles"]["prefill"] >= 1 and status["planner"]["mode"] == "advise" and status["planner"]["proposal"]["reason"]
+    table = await asyncio.to_thread(tokenmill, fleet, "status")
+    assert all(word in table.stdout for word in ("prefill-1", "decode-1", "handoff", "master", "planner (advise)")), table.stdout
+
+
+def test_a_drained_worker_leaves_with_its_supervisor_and_is_not_started_again(fleet: Fleet) -> None:
+    turncoat = next(serving for serving in fleet.all if serving.name == "turncoat")
+    drained = tokenmill(fleet, "drain", "turncoat")
+    assert drained.returncode == 0 and "has left" in drained.stdout, drained.stderr
+    assert turncoat.process.wait(60) == 0 and "was drained" in turncoat.log
+    assert tokenmill(fleet, "worker", "show", "turncoat").returncode == 1
+    assert json.loads(tokenmill(fleet, "worker", "show", "prefill-1").stdout)[0]["role"] == "prefill"
 
 
 def test_no_role_was_refused_anything_that_it_needs(fleet: Fleet) -> None:

@@ -2,7 +2,8 @@
 
     python tests/workers/parallel_program.py FOLDER RANK RANKS
 
-The folder holds cases.json; rank r writes result-r.json (case -> tokens of each of its sequences) and CASE-r.pt (logits of a prompt).
+The folder holds cases.json; rank r writes result-r.json (case -> tokens of each of its sequences, experts moved) and CASE-r.pt (logits
+of a prompt).
 """
 
 import json
@@ -17,10 +18,11 @@ import torch
 import torch.distributed as dist
 
 from workers.batch import Agreed, ForwardBatch
+from workers.model import spread_moe
 from workers.model_runner import ModelRunner
 from workers.parallel import Parallel, ParallelSizes
 
-PAGE_SIZE, PAGES_EACH, NUM_STEPS, NEW_TOKENS, CHUNK = 8, 8, 19, 8, 9
+PAGE_SIZE, PAGES_EACH, NUM_STEPS, NEW_TOKENS, CHUNK = 8, 8, 15, 6, 9
 LENGTHS = {0: (1, 19, 30), 1: (23, 4), 2: (), 3: (9,)}  # prompts by dp group: one group never has work
 
 
@@ -67,6 +69,9 @@ def serve(runner: ModelRunner, dp_rank: int, agree: Any) -> list[list[int]]:
         pages = list(range(1 + i * PAGES_EACH, 1 + (i + 1) * PAGES_EACH))
         random.Random(i).shuffle(pages)
         seqs.append(Seq(list(token_ids), pages, starts_at=3 * i))
+    if len(seqs) > 2:  # a prefix hit: its first pages are those that another sequence has filled
+        shared = 2 * PAGE_SIZE
+        seqs[2].token_ids[:shared], seqs[2].pages[:2], seqs[2].num_computed = seqs[1].token_ids[:shared], seqs[1].pages[:2], shared
     for step in range(NUM_STEPS):
         running = [seq for seq in seqs if seq.starts_at <= step and len(seq.output) < NEW_TOKENS]
         batch, sampled = make_batch(running)
@@ -99,7 +104,7 @@ def agreement(group: dist.ProcessGroup) -> Any:
     return agree
 
 
-def run_case(case: dict[str, Any], groups: dict[int, dist.ProcessGroup], folder: Path) -> list[list[int]]:
+def run_case(case: dict[str, Any], groups: dict[int, dist.ProcessGroup], folder: Path) -> dict[str, Any]:
     sizes = ParallelSizes(**case["sizes"])
     parallel = Parallel.join(sizes, groups[sizes.tp])
     runner = ModelRunner(Path(case["model"]), "cpu", torch.float32, 40, PAGE_SIZE, load_workers=2, parallel=parallel)
@@ -109,12 +114,14 @@ def run_case(case: dict[str, Any], groups: dict[int, dist.ProcessGroup], folder:
     agree(batch)
     logits = runner.forward(batch)
     torch.save(logits, folder / f"{case['name']}-{dist.get_rank()}.pt")
-    return serve(runner, sizes.dp_rank(parallel.rank), agree)
+    tokens = serve(runner, sizes.dp_rank(parallel.rank), agree)
+    return {"tokens": tokens, "num_moved": runner.balancer.num_moved}
 
 
 def main() -> None:
     folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
+    spread_moe.MAX_ROWS = 16
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size, timeout=timedelta(seconds=120))
     pairs = [dist.new_group([first, first + 1]) for first in range(0, size, 2)]
     groups = {size: dist.group.WORLD, 2: pairs[rank // 2]}

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from coordinator.messages import TopLogprobs, pack_ids
+from coordinator.messages import KVRank, TopLogprobs, pack_ids
 from coordinator.sampling import SamplingParams
 from workers.channel import BlockingChannel
 from workers.engine_link import EngineLink
@@ -339,7 +339,7 @@ def test_an_import_from_a_pool_that_is_gone_fails_by_itself(engines: dict[str, E
     job = add(prompt_of(9, seed=6))
     values = {"job_id": job.job_id, "token_ids": job.token_ids, "num_prompt": 8, "params": job.params, "num_kv_tokens": 8, "page_ids": (0,),
               "source": ready.pool, "layout": ready.layout}
-    decode.send(ImportSequence(**{**values, "source": type(ready.pool)(address="/proc/1/fd/999999", num_pages=NUM_PAGES)}))
+    decode.send(ImportSequence(**{**values, "source": type(ready.pool)(ranks=(KVRank(address="/proc/1/fd/999999"),), num_pages=NUM_PAGES)}))
     assert not decode.wait_for(Imported, job.job_id).ok
     other = type(ready.layout)(model="tiny", weights="other", kind="gqa", num_layers=2, row=64, dtype="float32", page_size=PAGE_SIZE)
     decode.send(ImportSequence(**{**values, "layout": other}))

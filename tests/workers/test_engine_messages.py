@@ -6,7 +6,7 @@ import msgpack
 import pytest
 
 from coordinator.errors import InvalidField, MalformedMessage
-from coordinator.messages import KVLayout, pack_ids
+from coordinator.messages import KVLayout, KVRank, pack_ids
 from coordinator.sampling import SamplingParams
 from workers.engine_messages import (
     Activate,
@@ -33,7 +33,7 @@ from workers.engine_messages import (
 )
 
 LAYOUT = KVLayout(model="m", weights="w", kind="mla", num_layers=2, row=576, dtype="bfloat16", page_size=64)
-POOL = PoolAddress(address="/proc/1/fd/3", num_pages=7)
+POOL = PoolAddress(ranks=(KVRank(address="/proc/1/fd/3"), KVRank(desk="10.0.0.1:5:abc")), num_pages=7)
 PARAMS = SamplingParams(do_sample=True, seed=2**64 - 1, stop_sequences=("text", (1, 2)), exponential_decay_length_penalty=(3, 1.5))
 
 

@@ -108,6 +108,7 @@ def test_a_step_arrives_as_it_was_sent_with_positions_and_slots_made_anew() -> N
 
 
 def test_page_copies_arrive_as_they_were_sent() -> None:
-    copy = Copy(copy_id=3, addresses=("a", "b"), num_pages=9, layout={"model": "m"}, src_pages=[1, 2], dst_pages=[3, 4], num_tokens=20)
+    copy = Copy(copy_id=3, ranks=[("a", ""), ("b", "d")],
+                num_pages=9, layout={"model": "m"}, src_pages=[1, 2], dst_pages=[3, 4], num_tokens=20)
     arrived = decode_step(encode_message(copy))
-    assert isinstance(arrived, Copy) and list(arrived.src_pages) == [1, 2] and arrived.addresses == ("a", "b")
+    assert isinstance(arrived, Copy) and list(arrived.src_pages) == [1, 2] and list(arrived.ranks) == [("a", ""), ("b", "d")]

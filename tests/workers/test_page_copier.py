@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from coordinator.messages import KVRank
 from coordinator.sampling import SamplingParams
 from workers.kv_cache import KVCache
 from workers.model_config import ModelConfig
@@ -35,8 +36,8 @@ class Farm:
         params = SamplingParams()
         copy = PageCopy(
             sequence=Sequence(job_id="a", token_ids=[0], num_prompt=1, params=params, max_kv_tokens=8),
-            source=ImportSource(address=self.source.address if address is None else address, num_pages=num_pages, page_ids=(3, 5),
-                                num_tokens=8, layout=self.source.layout("")),
+            source=ImportSource(ranks=(KVRank(address=self.source.address if address is None else address),), num_pages=num_pages,
+                                page_ids=(3, 5), num_tokens=8, layout=self.source.layout("")),
             src_pages=[3, 5], dst_pages=[1, 8], num_tokens=8, is_cancelled=is_cancelled)
         self.copier.start(copy)
         done, error = self._done.get(timeout=30)

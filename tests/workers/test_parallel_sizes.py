@@ -54,6 +54,7 @@ def test_the_guides_commands_fit_the_published_model(sizes: ParallelSizes) -> No
     ("deepseek-v2-lite", ParallelSizes(tp=6, dp=6, moe_mode="EP"), "64 experts do not spread evenly over --tp 6"),
     ("deepseek-v2-lite", ParallelSizes(tp=2, prefill_overlap=True), "--enable_prefill_microbatch_overlap.*MOE_MODE is TP"),
     ("llama", ParallelSizes(decode_overlap=True), "--enable_decode_microbatch_overlap.*no experts"),
+    ("llama", ParallelSizes(tp=2, dp=2, one_shot_bytes=4096), "--one_shot_all_reduce_bytes 4096"),
     ("deepseek-v2-lite", ParallelSizes(tp=2, redundant_experts=1), "--ep_redundant_experts"),
     ("deepseek-v2-lite", ParallelSizes(tp=2, moe_mode="EP", redundant_experts=33), "from 0 to 32"),
     ("deepseek-v2-lite", ParallelSizes(tp=2, moe_mode="EP", exchange="nvshmem"), "--ep_exchange must be one of"),

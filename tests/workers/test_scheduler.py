@@ -28,7 +28,7 @@ def make_sequence(job_id: str, token_ids: list[int], *, new: int = 4, shown: int
     num_prompt = len(token_ids) - shown
     source = None
     if imported:
-        source = ImportSource(address="elsewhere", num_pages=100, page_ids=tuple(range(50, 50 + -(-imported // 2))), num_tokens=imported,
+        source = ImportSource(ranks=(), num_pages=100, page_ids=tuple(range(50, 50 + -(-imported // 2))), num_tokens=imported,
                               layout=LAYOUT)
     return Sequence(job_id=job_id, token_ids=list(token_ids), num_prompt=num_prompt, source=source, is_background=is_background,
                     params=SamplingParams(max_new_tokens=new, **params),
@@ -498,3 +498,20 @@ def test_any_history_keeps_all_pages_accounted_for_and_ends_with_none_held(
         copies.clear()
     assert_nothing_is_held(scheduler)
     assert lies or not preempted, "an honest projection never preempts"
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_new_role_starts_with_no_sequence_and_with_the_pages_that_were_computed(depth: int) -> None:
+    scheduler = make_scheduler(role="prefill", depth=depth)
+    for job_id, ids in (("pinned", [1, 2, 3, 4]), ("running", list(range(10, 30)))):
+        scheduler.add(make_sequence(job_id, ids, prefill_only=True))
+    run_step(scheduler)
+    step = scheduler.schedule()
+    scheduler.advance(step)                                                # in flight while the role changes
+    scheduler.set_role("decode")
+    assert scheduler.complete(step, [7] * len(step.sampled), [-1.0] * len(step.sampled)) == []
+    scheduler.check_integrity()
+    assert_nothing_is_held(scheduler)
+    scheduler.add(make_sequence("next", [1, 2, 3, 4, 5], new=3))
+    assert [row[0] for row in rows(run_to_end(scheduler))] == ["next"] * 3     # no first token that pins it: it decodes to its end
+    assert scheduler.cache.num_evictable > 0

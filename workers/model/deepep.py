@@ -63,7 +63,9 @@ class DeepEpSent:
 def _buffer(ranks: RankGroup, hidden_size: int) -> Any:
     row_bytes = hidden_size * 2
     if row_bytes not in _buffers:
-        kind = importlib.import_module(PACKAGE).Buffer
+        kind = getattr(importlib.import_module(PACKAGE), "Buffer", None)
+        if kind is None:
+            raise ConfigError(f"--ep_exchange deepep: this version of {PACKAGE} has no Buffer; use auto, exact or padded")
         configs = [kind.get_dispatch_config(ranks.size), kind.get_combine_config(ranks.size)]
         nvlink = max(config.get_nvl_buffer_size_hint(row_bytes, ranks.size) for config in configs)
         rdma = max(config.get_rdma_buffer_size_hint(row_bytes, ranks.size) for config in configs)

@@ -22,6 +22,7 @@ from workers.model_config import MoeConfig
 from workers.parallel import Parallel, RankGroup
 
 ALONE = RankGroup()
+MAX_ROWS = 16384  # arrived rows computed at once: bounds the memory for their copies, one per expert
 
 
 class SpreadMoe:
@@ -110,14 +111,18 @@ class SpreadMoe:
         if not arrived.is_sparse:
             out = self.experts.run(arrived.x, Routed(arrived.slots, arrived.weights))
             return out if out.dim() == 2 else out.sum(1)
-        # One row per token and expert that is here: most of a token's choices are on other ranks.
-        choice_ids, token_ids = (arrived.slots.t() >= 0).nonzero().unbind(1)
-        slots = arrived.slots[token_ids, choice_ids].unsqueeze(1)
-        made = self.experts.run(arrived.x[token_ids], Routed(slots, arrived.weights[token_ids, choice_ids].unsqueeze(1))).flatten(1)
-        out = torch.zeros(arrived.x.shape, dtype=torch.float32, device=made.device)
-        counts = choice_ids.bincount(minlength=arrived.slots.shape[1]).tolist()
+        parts = zip(*(tensor.split(MAX_ROWS) for tensor in (arrived.x, arrived.slots, arrived.weights)), strict=True)
+        return torch.cat([self._compute_sparse(*part) for part in parts])
+
+    def _compute_sparse(self, x: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+        """With one row per token and expert that is here: most of a token's choices are on other ranks."""
+        choice_ids, token_ids = (slots.t() >= 0).nonzero().unbind(1)
+        chosen = Routed(slots[token_ids, choice_ids].unsqueeze(1), weights[token_ids, choice_ids].unsqueeze(1))
+        made = self.experts.run(x[token_ids], chosen).flatten(1)
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        counts = choice_ids.bincount(minlength=slots.shape[1]).tolist()
         for rows, of_choice in zip(token_ids.split(counts), made.split(counts), strict=True):
             out.index_add_(0, rows, of_choice.float())  # choice by choice, so that sums have one order
-        return out.to(arrived.x.dtype)
+        return out.to(x.dtype)
 
 
