@@ -7,6 +7,7 @@ counted from each token of each answer and from the stream of final records.
 import argparse
 import asyncio
 import json
+import os
 import sys
 import tempfile
 import time
@@ -64,6 +65,7 @@ class Scale:
         self._folder = folder
         self._stack = stack
         self._processes: list[BenchProcess] = []
+        self._load_before = os.getloadavg()[0]
         self._services = stack.enter_context(EmbeddedServices(folder / "state"))
         self._where = ["--nats_url", self._services.nats_url, "--redis_url", self._services.redis_url]
         self._model = ["--model_name", MODEL]
@@ -152,7 +154,7 @@ class Scale:
             jobs=jobs, num_sent=len(jobs) + len(failed), num_failed=len(failed), num_wrong=sum(len(tally["wrong"]) for tally in tallies),
             num_records=len(records), seconds=ended - began, wanted_rate=flags.rate, redis_commands=redis_calls.of_clients(calls),
             redis_inner=sum(calls.values()) - redis_calls.of_clients(calls), coordinator_cpu_s=cpu["coordinators"], cpu_s=cpu,
-            killed_at=killed_at, details=details)
+            killed_at=killed_at, load_before=self._load_before, details=details)
 
     async def _records(self) -> list[FinalRecord]:
         async with await Bus.connect(self._services.nats_url, "bench") as bus:

@@ -40,6 +40,7 @@ class ScaleRun:
     coordinator_cpu_s: float            # all coordinators together
     cpu_s: Mapping[str, float] = field(default_factory=dict)
     killed_at: float | None = None      # Unix s
+    load_before: float = 0.0            # of the machine, by other work
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -72,7 +73,8 @@ def rows(run: ScaleRun) -> list[Row]:
     lost = run.num_sent - len(run.jobs)
     found = [
         Row(name="jobs answered per second", figure=rate, bar=run.wanted_rate * 0.98, unit="/s", higher_is_better=True,
-            note=f"{num} jobs in {run.seconds:.1f} s"),
+            note=f"{num} jobs in {run.seconds:.1f} s; {sum(run.cpu_s.values()) / run.seconds:.2f} cores used, load of the machine "
+                 f"before it {run.load_before:.1f}"),
         Row(name="jobs lost", figure=float(lost), bar=0.0, unit="jobs", higher_is_better=False,
             note=f"{run.num_failed} refused or failed, {run.num_sent} sent"),
         Row(name="answers with a missing, doubled or wrong token", figure=float(run.num_wrong), bar=0.0, unit="jobs",

@@ -29,7 +29,7 @@ class RoutingPolicy:
     disagg_min_tokens: int = 0
     min_saving: int = 32
     max_load: float = 1.25
-    slack: int = 4
+    slack: int = 2
 
     @property
     def is_needed(self) -> bool:
