@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -41,7 +41,7 @@ API = APIS["lightllm"]
 MODES = ("normal", "pd", "pair")
 PEER = "bar: vLLM 0.26 under 100 clients, 1024/128, on another GPU, an H100 of 3.0 TB/s"
 PEER_REQ_S, PEER_TTFT_MS, PEER_TPOT_MS = 30.8, (551.0, 1454.0), (20.5, 23.0)
-KILL_CLIENTS, KILL_REQUESTS, KILL_AFTER, KILL_GAP_MS = 64, 256, 80, 250.0
+KILL_GAP_MS = 250.0      # for who was decoding when a prefill worker died
 HANDOVER_LENS, HANDOVER_ROUNDS, HANDOVER_OUTPUT = (512, 8192), 8, 8
 
 
@@ -65,7 +65,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", default="v2-lite", help="what is drawn: v2-lite or v3-layers:N (default: %(default)s)")
     parser.add_argument("--pool_tokens", type=int, default=150_000, help="KV pool of each worker (default: %(default)s)")
     parser.add_argument("--load_workers", type=int, default=8, help="threads that load weights (default: %(default)s)")
-    parser.add_argument("--kill_prefill", action="store_true", help="at the end of mode pd, kill the prefill worker under load")
     parser.add_argument("--mps", action="store_true", help="run under the GPU's multi-process service")
     parser.add_argument("--serve_flags", default="", help="further flags for every process of the farm, in one string")
     parser.add_argument("--ready_s", type=float, default=180.0, help="how long a farm may take to be ready (default: %(default)s)")
@@ -130,40 +129,6 @@ def _load(target: Target, items: Sequence[WorkItem], num_clients: int) -> Run:
     return asyncio.run(run_closed_loop(target, API, items, num_clients=num_clients, timeout_s=120.0, on_outcome=tell))
 
 
-def kill_rows(target: Target, replace_prefill: Callable[[], None], items: Sequence[WorkItem]) -> list[Row]:
-    """The prefill worker dies with hand-overs under way. Who decodes by then must not notice, and nobody may lose anything."""
-    killed_at: list[float] = []
-
-    def kill() -> None:
-        killed_at.append(time.perf_counter())
-        replace_prefill()
-
-    num_done = 0
-
-    def tell(outcome: Outcome) -> None:
-        nonlocal num_done
-        num_done += 1
-        if num_done == KILL_AFTER:
-            threads.append(threading.Thread(target=kill))
-            threads[0].start()
-
-    threads: list[threading.Thread] = []
-    run = asyncio.run(run_closed_loop(target, API, items, num_clients=KILL_CLIENTS, timeout_s=240.0, on_outcome=tell))
-    for thread in threads:
-        thread.join()
-    summary = Summary.of(run)
-    streams = [outcome.stream.times for outcome in run.outcomes if outcome.stream and len(outcome.stream.times) > 2]
-    at = killed_at[0]
-    gaps = [max(after - before for before, after in pairwise(times[1:])) for times in streams if times[1] < at < times[-1]]
-    note = f"{KILL_CLIENTS} clients; {len(gaps)} streams were decoding as it died; {summary.statuses}"
-    return [
-        Row(name="pd, prefill killed: answered whole", figure=100.0 * summary.num_valid / summary.num_requests, bar=100.0, unit="%",
-            higher_is_better=True, note=note),
-        Row(name="pd, prefill killed: longest gap in a stream then decoding", figure=1e3 * max(gaps, default=float("nan")), bar=KILL_GAP_MS,
-            unit="ms", higher_is_better=False, note="between two tokens, the first two left out"),
-    ]
-
-
 def _workload(num: int, vocab_size: int, seed: int, arguments: argparse.Namespace) -> list[WorkItem]:
     """All answers of one length, as the peers were measured; `make_workload`'s own lengths would show in the time per token."""
     items = make_workload(num, arguments.input_len, arguments.output_len, vocab_size, seed=seed)
@@ -173,9 +138,9 @@ def _workload(num: int, vocab_size: int, seed: int, arguments: argparse.Namespac
 def measure(mode: str, model_dir: Path, state_dir: Path, arguments: argparse.Namespace) -> list[Row]:
     vocab_size, config = vocab_size_of(model_dir), ModelConfig.from_dir(model_dir)
     started = time.monotonic()
-    with running_modes(mode, model_dir, state_dir, arguments) as farm:
-        print(f"{mode}: ready at {farm.url} after {time.monotonic() - started:.1f} s", flush=True)
-        target = Target.parse(farm.url + API.path)
+    with running_modes(mode, model_dir, state_dir, arguments) as url:
+        print(f"{mode}: ready at {url} after {time.monotonic() - started:.1f} s", flush=True)
+        target = Target.parse(url + API.path)
         _load(target, _workload(arguments.num_clients, vocab_size, arguments.seed + 1, arguments), arguments.num_clients)
         run = _load(target, _workload(arguments.requests, vocab_size, arguments.seed, arguments), arguments.num_clients)
         rows = load_rows(mode, run, arguments)
@@ -183,22 +148,31 @@ def measure(mode: str, model_dir: Path, state_dir: Path, arguments: argparse.Nam
         if mode == "pd":
             print(f"  {handover_line(target, config, vocab_size, *arguments.handover_lens)}", flush=True)
             items = _workload(2 * arguments.num_clients, vocab_size, arguments.seed + 2, arguments)
-            rows += [*sigkill_rows(state_dir, items, arguments), *chaos_rows(state_dir, items, arguments)]
-        if farm.replace_prefill and arguments.kill_prefill:
-            rows += kill_rows(target, farm.replace_prefill, _workload(KILL_REQUESTS, vocab_size, arguments.seed + 2, arguments))
-        print("\n".join(f"  {row.name}: {row.cells()[1]} (bar {row.cells()[2]}) {row.note}" for row in rows[5:]), flush=True)
+            rows += [*kill_rows(state_dir, items, arguments), *chaos_rows(state_dir, items, arguments)]
+            print("\n".join(f"  {row.name}: {row.cells()[1]} (bar {row.cells()[2]}) {row.note}" for row in rows[5:]), flush=True)
     return rows
 
 
-def sigkill_rows(state_dir: Path, items: Sequence[WorkItem], arguments: argparse.Namespace) -> list[Row]:
-    """Whole answers of a load during which a worker is killed, while keys and values are on their way; a load per role."""
+def kill_rows(state_dir: Path, items: Sequence[WorkItem], arguments: argparse.Namespace) -> list[Row]:
+    """A load per role, in which such a worker is killed while keys and values are on their way. Nobody may lose anything, and who decodes
+    when a prefill worker dies must not notice."""
     rows = []
     for role in arguments.kill:
         victim = next(name for name in worker_names(state_dir) if name.startswith(role))
-        num_valid, note = _killed_load(master_urls(state_dir)[0], victim, state_dir, items, arguments)
-        rows.append(Row(name=f"pd: answers over a SIGKILL of {role}", figure=num_valid, bar=len(items), unit="answers",
-                        higher_is_better=True, note=note))
+        run, killed_at = _killed_load(master_urls(state_dir)[0], victim, state_dir, items, arguments)
+        summary = Summary.of(run)
+        rows.append(Row(name=f"pd: answers over a SIGKILL of {role}", figure=summary.num_valid, bar=len(items), unit="answers",
+                        higher_is_better=True, note=str(summary.details or "")))
+        if role == "prefill":
+            rows.append(_gap_row(run, killed_at))
     return rows
+
+
+def _gap_row(run: Run, killed_at: float) -> Row:
+    streams = [outcome.stream.times for outcome in run.outcomes if outcome.stream and len(outcome.stream.times) > 2]
+    gaps = [max(after - before for before, after in pairwise(times[1:])) for times in streams if times[1] < killed_at < times[-1]]
+    return Row(name="pd: longest gap of who was decoding then", figure=1e3 * max(gaps, default=float("nan")), bar=KILL_GAP_MS, unit="ms",
+               higher_is_better=False, note=f"{len(gaps)} streams; between two tokens, the first two left out")
 
 
 def chaos_rows(state_dir: Path, items: Sequence[WorkItem], arguments: argparse.Namespace) -> list[Row]:
@@ -208,21 +182,28 @@ def chaos_rows(state_dir: Path, items: Sequence[WorkItem], arguments: argparse.N
     while time.monotonic() < ends_at:
         time.sleep(KILL_PACE_S)
         url = urls[num_asked // len(items) % len(urls)]
-        valid, note = _killed_load(url, draw.choice(worker_names(state_dir)), state_dir, items, arguments)
-        num_valid, num_asked = num_valid + valid, num_asked + len(items)
-        notes |= {note} - {""}
+        summary = Summary.of(_killed_load(url, draw.choice(worker_names(state_dir)), state_dir, items, arguments)[0])
+        num_valid, num_asked = num_valid + summary.num_valid, num_asked + len(items)
+        notes |= {str(summary.details or "")} - {""}
     if not num_asked:
         return []
     return [Row(name=f"pd: answers in {arguments.chaos_s:g} s of chaos", figure=num_valid, bar=num_asked, unit="answers",
                 higher_is_better=True, note=f"{num_asked // len(items)} workers killed; {'; '.join(sorted(notes))}".rstrip("; "))]
 
 
-def _killed_load(url: str, victim: str, state_dir: Path, items: Sequence[WorkItem], arguments: argparse.Namespace) -> tuple[int, str]:
-    killer = threading.Timer(arguments.kill_after_s, kill_worker, (state_dir, victim))
+def _killed_load(url: str, victim: str, state_dir: Path, items: Sequence[WorkItem], arguments: argparse.Namespace) -> tuple[Run, float]:
+    """The load, and when the victim was killed in it (time.perf_counter)."""
+    killed_at: list[float] = []
+
+    def kill() -> None:
+        killed_at.append(time.perf_counter())
+        kill_worker(state_dir, victim)
+
+    killer = threading.Timer(arguments.kill_after_s, kill)
     killer.start()
-    summary = Summary.of(_load(Target.parse(url + API.path), items, arguments.num_clients))
+    run = _load(Target.parse(url + API.path), items, arguments.num_clients)
     killer.join()
-    return summary.num_valid, str(summary.details or "")
+    return run, killed_at[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

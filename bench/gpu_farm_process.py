@@ -10,8 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 from bench.farm_process import LOG_LINES, ROOT, FarmFailed, running_farm
@@ -22,17 +21,9 @@ STOP_S = 45.0
 MASTERS = "masters"      # a file with the URLs of all of them
 
 
-@dataclass(frozen=True, slots=True)
-class GpuFarm:
-    """`replace_prefill` kills the prefill worker with SIGKILL, all its processes, and starts another. Not in mode normal."""
-
-    url: str
-    replace_prefill: Callable[[], None] | None = None
-
-
 @contextlib.contextmanager
-def running_modes(mode: str, model_dir: Path, state_dir: Path, arguments: argparse.Namespace) -> Iterator[GpuFarm]:
-    """A farm that answers. `mode` is normal, pd or pair. Raises FarmFailed with the last words of what did not start."""
+def running_modes(mode: str, model_dir: Path, state_dir: Path, arguments: argparse.Namespace) -> Iterator[str]:
+    """URL of a farm that answers. `mode` is normal, pd or pair. Raises FarmFailed with the last words of what did not start."""
     flags = ["--max_total_token_num", str(arguments.pool_tokens), *shlex.split(arguments.serve_flags)]
     first, second = arguments.devices or (arguments.device, arguments.device)
     os.environ["LOADWORKER"] = str(arguments.load_workers)
@@ -40,7 +31,7 @@ def running_modes(mode: str, model_dir: Path, state_dir: Path, arguments: argpar
         if mode == "normal":
             with running_farm(model_dir, state_dir, num_threads=0, ready_s=arguments.ready_s,
                               flags=["--device", arguments.device, *flags]) as url:
-                yield GpuFarm(url)
+                yield url
             return
         with running_farm(model_dir, state_dir, num_threads=0, ready_s=arguments.ready_s, flags=["--run_mode", "pd_master"]) as url:
             target = Target.parse(url)
@@ -57,13 +48,7 @@ def running_modes(mode: str, model_dir: Path, state_dir: Path, arguments: argpar
                     stack.enter_context(_further_master(number, url, model_dir, state_dir, arguments))
                 workers = {name: stack.enter_context(_worker(name, model_dir, state_dir, *command)) for name, command in commands.items()}
                 _wait_until_ready(url, workers, state_dir, arguments.ready_s)
-
-                def replace_prefill() -> None:
-                    os.killpg(workers["prefill"].pid, signal.SIGKILL)
-                    workers["prefill"].wait()
-                    workers["prefill"] = stack.enter_context(_worker("prefill", model_dir, state_dir, *commands["prefill"]))
-
-                yield GpuFarm(url, replace_prefill if "prefill" in commands else None)
+                yield url
 
 
 Command = tuple[list[str], dict[str, str]]   # module and arguments, and what is set in the environment

@@ -95,7 +95,8 @@ def transfer_row(figure: dict[str, Any]) -> list[str]:
     on_device = [f"{figure['device_gb_s']:.1f}", f"{figure['device_plain_gb_s']:.1f}", f"{share:.0%}"] if share else [""] * 3
     return [figure["setting"], figure["way"], str(figure["tokens"]), f"{figure['bytes'] / 1e6:.0f}", f"{figure['ms']:.3f}",
             f"{figure['gb_s']:.1f}", f"{figure['plain_gb_s']:.1f}", f"{figure['share']:.0%}", *on_device,
-            *([f"≥ {LEAST_SHARE:.0%}", "yes" if share >= LEAST_SHARE else "NO"] if share else ["", ""]), "yes" if figure["right"] else "NO",
+            *([f"≥ {LEAST_SHARE:.0%}", "yes" if figure["share"] >= LEAST_SHARE else "NO"] if share else ["", ""]),
+            "yes" if figure["right"] else "NO",
             f"{figure['opened_ms']:.0f}"]
 
 
