@@ -87,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--running_max_req_size", type=int, default=0, help="sequences running at once (default: 64 on CPU, 256 on GPU)")
     add("--chunked_prefill_size", type=int, default=0, help="tokens of one prefill step (default: 512 on CPU, 8192 on GPU)")
     add("--page_size", type=int, default=0, help="tokens of one KV page; on GPU a power of two (default: 16 on CPU, 64 on GPU)")
-    add("--num_threads", type=int, default=0, help="CPU threads of one worker (default: all cores for prompts, one less for decode)")
+    add("--num_threads", type=int, default=0,
+        help="CPU threads of one rank (default: all cores for prompts, one less for decode; several ranks share them)")
     add("--disable_dynamic_prompt_cache", action="store_true", help="no prefix cache")
     add("--graph_max_batch_size", type=int, default=256, help="sequences up to which a decode step is a CUDA graph (default: %(default)s)")
     add("--disable_cudagraph", action="store_true", help="decode without CUDA graphs (there are none on CPU)")

@@ -83,6 +83,8 @@ class CudaExecutor:
         self._local = self._sizes.local(config)
         self._model = BUILDERS[config.architecture](weights, config, replace(self._ops, route=self._route), load_workers, parallel)
         weights.finish()
+        if self._is_cuda:
+            torch.cuda.empty_cache()  # what packing took beside the weights, several layers at a time: a neighbour may need it
         self.balancer = ExpertBalancer(self._model.spread, parallel.world, self._sizes.rebalance_steps)
         self._width = -(-max_seq_len // page_size)
         self._samples = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)

@@ -9,7 +9,7 @@ import hmac
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 
 from coordinator.errors import MalformedMessage, Unavailable
@@ -32,7 +32,7 @@ class Followers:
     def __init__(self, listener: socket.socket, count: int, *, token: str, generation: int, first_rank: int, pool: KVCache) -> None:
         """Waits for all of them to have loaded. (If one never does, the group breaks, and this process ends.)"""
         ways = [KVRank()] * count
-        self.on_copied: Callable[[int, Copied], None] = lambda index, copied: None
+        self.on_copied: Callable[[Copied], None] = lambda copied: None
         self._channels: list[BlockingChannel] = []
         while len(self._channels) < count:
             sock, peer = listener.accept()
@@ -50,9 +50,8 @@ class Followers:
                 channel.close()
                 continue
             ways[hello.rank - first_rank - 1] = KVRank(address=hello.address, desk=hello.desk)
-            index = len(self._channels)
             self._channels.append(channel)
-            threading.Thread(target=self._listen, args=(index, messages), name=f"rank {hello.rank}", daemon=True).start()
+            threading.Thread(target=self._listen, args=(messages,), name=f"rank {hello.rank}", daemon=True).start()
         self.ways = tuple(ways)
 
     def __len__(self) -> int:
@@ -70,11 +69,15 @@ class Followers:
         with contextlib.suppress(Unavailable):
             self.send(encode(Stop()))
 
-    def _listen(self, index: int, messages: "object") -> None:
-        for data in messages:  # type: ignore[attr-defined]
+    def close(self) -> None:
+        for channel in self._channels:
+            channel.close()
+
+    def _listen(self, messages: Iterator[bytes]) -> None:
+        for data in messages:
             message = decode(data)
             if isinstance(message, Copied):
-                self.on_copied(index, message)
+                self.on_copied(message)
 
 
 class LeaderExecutor:
@@ -112,7 +115,7 @@ class GroupCopier:
         self._ids: dict[int, int] = {}                          # id(copy) -> its number, while it runs
         self._running: dict[int, tuple[PageCopy, int, str]] = {}  # number -> copy, ranks not done, first error
         self._lock = threading.Lock()
-        followers.on_copied = lambda index, copied: self._one_done(copied.copy_id, copied.error)
+        followers.on_copied = lambda copied: self._one_done(copied.copy_id, copied.error)
 
     def start(self, copy: PageCopy) -> None:
         number = next(self._numbers)

@@ -23,7 +23,7 @@ def offline_calls() -> list[Callable[[], object]]:
     def call(name: str, num_tokens: int) -> Callable[[], object]:
         return lambda: _product(torch.empty(num_tokens, SHAPES[name][1], dtype=torch.bfloat16),
                                 torch.empty(SHAPES[name], dtype=torch.bfloat16), name,
-                                config_for(num_tokens, TABLES.get(SHAPES[name], ())) or (ROWS if num_tokens <= 4 else TILES))
+                                _usual(name, num_tokens))
 
     return [call("q + kv_a", 1), call("q + kv_a", 4), call("down", 1), call("down", 16), call("head", 1), call("head", 8)]
 
@@ -44,6 +44,10 @@ def candidates(num_tokens: int, width: int, depth: int) -> list[Config]:
     return found
 
 
+def _usual(name: str, num_tokens: int) -> Config:
+    return config_for(num_tokens, TABLES.get(SHAPES[name], ())) or (ROWS if num_tokens <= 2 else TILES)
+
+
 def _product(x: Tensor, weight: Tensor, name: str, config: Config | None) -> Tensor:
     return skinny_linear(x, weight, out_dtype=torch.float32 if name == "head" else None, config=config)
 
@@ -59,7 +63,7 @@ def _case(name: str, num_tokens: int) -> KernelCase:
         x = [torch.randn(num_tokens, depth, device="cuda", dtype=torch.bfloat16) for _ in range(num_sets)]
         out_dtype = torch.float32 if name == "head" else torch.bfloat16
         return Prepared(
-            run=lambda config, index: _product(x[index], weights[index], name, config),
+            run=lambda config, index: _product(x[index], weights[index], name, config or _usual(name, num_tokens)),
             reference=lambda index: skinny_linear_reference(x[index], weights[index]), num_sets=num_sets,
             configs=candidates(num_tokens, width, depth),
             peers={"torch.mm": lambda index: torch.mm(x[index], weights[index].t(), out_dtype=out_dtype)})

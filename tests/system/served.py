@@ -20,15 +20,20 @@ PREFIX: Sequence[str] = ()
 
 
 class Served:
-    """A context manager; leaving it stops the farm, which must end in order. `prefix`: a command that the farm is started by."""
+    """A context manager; leaving it stops the farm, which must end in order. `prefix`: a command that the farm is started by; `script`: one
+    of deploy/start_scripts and its arguments, instead of `tokenmill serve`."""
 
-    def __init__(self, folder: Path, *flags: str, environment: Mapping[str, str] | None = None, prefix: Sequence[str] = PREFIX) -> None:
+    def __init__(self, folder: Path, *flags: str, environment: Mapping[str, str] | None = None, prefix: Sequence[str] = PREFIX,
+                 script: Sequence[str] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.log_path = folder / "serve.log"
         self._argv = [*prefix, sys.executable, "-m", "tokenmill", "serve", "--device", "cpu", "--num_threads", "1", "--log_level", "info",
                       *flags]
         self._environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **(environment or {})}
+        if script:
+            self._argv = [*prefix, "sh", str(ROOT / "deploy" / "start_scripts" / script[0]), *script[1:]]
+            self._environment |= {"TOKENMILL": f"{sys.executable} -m tokenmill", "TOKENMILL_FLAGS": " ".join(flags)}
         self.start()
 
     def start(self) -> None:

@@ -84,29 +84,28 @@ class Nodes:
 
 
 @contextmanager
-def farm_of_two(folder: Path, model_dir: Path, *flags: str, environment: dict[str, str]) -> Iterator[Nodes]:
-    """The guide's commands: the same on both nodes but for --node_rank."""
+def farm_of_two(folder: Path, script: str, environment: dict[str, str]) -> Iterator[Nodes]:
+    """The guide's commands, with sizes for this machine."""
     with ExitStack() as stack:
         nodes = stack.enter_context(netns.two_nodes())
         served = []
         for index, node in enumerate(nodes):
             own = folder / f"node-{index}"
-            started = Served(own, "--port", "8088", "--model_dir", str(model_dir), *flags, "--nnodes", "2", "--node_rank", str(index),
-                             "--nccl_host", nodes[0].address, "--nccl_port", "2732", "--state_dir", str(own / "state"),
-                             "--max_total_token_num", "16384", "--max_req_total_len", "2048", environment={**TOKEN, **environment},
-                             prefix=node.run)
-            served.append(stack.enter_context(started))
+            served.append(stack.enter_context(Served(
+                own, "--num_threads", "1", "--log_level", "info", "--state_dir", str(own / "state"), "--max_total_token_num", "16384",
+                "--max_req_total_len", "2048", environment={**TOKEN, **environment}, prefix=node.run,
+                script=(f"multi_node/{script}_node{index}.sh", nodes[0].address))))
         yield Nodes(nodes, served, served[0].url())
 
 
 @pytest.mark.skipif(bool(NO_NAMESPACES), reason=NO_NAMESPACES)
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("flags", "environment", "loss"), [
-    (("--tp", "2"), {}, "killed"), (("--tp", "4", "--dp", "4"), {"MOE_MODE": "EP"}, "unplugged"),
+@pytest.mark.parametrize(("script", "environment", "loss"), [
+    ("multi_node_tp", {"TP": "2"}, "killed"), ("multi_node_ep", {"TP": "4", "DP": "4"}, "unplugged"),
 ], ids=["2.1 multi-node TP, node 1 killed", "2.2 multi-node EP, node 1 unplugged"])
-def test_two_nodes_answer_as_one_and_a_node_that_is_lost_costs_no_token(tmp_path: Path, tiny_v3: Path, flags: tuple[str, ...],
+def test_two_nodes_answer_as_one_and_a_node_that_is_lost_costs_no_token(tmp_path: Path, tiny_v3: Path, script: str,
                                                                            environment: dict[str, str], loss: str) -> None:
-    with farm_of_two(tmp_path, tiny_v3, *flags, environment=environment) as farm:
+    with farm_of_two(tmp_path, script, {"MODEL_DIR": str(tiny_v3), "LOADWORKER": "2", **environment}) as farm:
         assert farm.answers(PROMPTS, 24) == greedy(tiny_v3, PROMPTS, 24)
         client = farm.ask(PROMPTS[:5], 150)
         assert client.stdout is not None and client.stdout.readline() == "under way\n"
