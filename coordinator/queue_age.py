@@ -2,12 +2,14 @@
 
 import asyncio
 import time
+from collections.abc import Iterable
 from datetime import datetime
 
 from coordinator import subjects
 from coordinator.bus import Bus
 from coordinator.connection import ApiError
 from coordinator.jetstream import MESSAGE_NOT_FOUND
+from coordinator.provisioning import CONSUMER_NOT_FOUND
 
 CLASSES = ("interactive", "normal")     # batch work waits by design
 
@@ -19,20 +21,22 @@ async def jobs_age_s(bus: Bus, model: str) -> float:
     return max(await asyncio.gather(*(_oldest_s(bus, subjects.JOBS, consumer, subject) for consumer, subject in lanes)))
 
 
-async def handoff_age_s(bus: Bus, model: str) -> float:
-    """Of KV handles that no decode worker has yet. Raises Unavailable."""
-    return await _oldest_s(bus, subjects.HANDOFF, subjects.handoff_consumer(model), subjects.handoff(model))
+async def handoff_age_s(bus: Bus, model: str, hosts: Iterable[str] = ()) -> float:
+    """Of KV handles that no decode worker has yet, in the lane of all and in those of these hosts. Raises Unavailable."""
+    lanes = [subjects.ANY_LANE, *(subjects.host_lane(host) for host in hosts)]
+    return max(await asyncio.gather(*(
+        _oldest_s(bus, subjects.HANDOFF, subjects.handoff_consumer(model, lane), subjects.handoff(model, lane)) for lane in lanes)))
 
 
 async def _oldest_s(bus: Bus, stream: str, consumer: str, subject: str) -> float:
-    info = await bus.api(f"CONSUMER.INFO.{stream}.{consumer}")
-    if not info["num_pending"]:
-        return 0.0
     try:
+        info = await bus.api(f"CONSUMER.INFO.{stream}.{consumer}")
+        if not info["num_pending"]:
+            return 0.0
         query = {"seq": info["delivered"]["stream_seq"] + 1, "next_by_subj": subject}
         stored_at = (await bus.api(f"STREAM.MSG.GET.{stream}", query))["message"]["time"]
     except ApiError as error:
-        if error.err_code == MESSAGE_NOT_FOUND:     # delivered meanwhile
+        if error.err_code in (MESSAGE_NOT_FOUND, CONSUMER_NOT_FOUND):     # delivered meanwhile; a lane that nobody serves
             return 0.0
         raise
     # The server writes nanoseconds; clocks of two machines may differ, an age below nothing is none.

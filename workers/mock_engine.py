@@ -10,6 +10,7 @@ import logging
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from coordinator.errors import ConfigError, InvalidField, PagesExhausted
@@ -30,6 +31,7 @@ from workers.engine_messages import (
     PoolAddress,
     Ready,
     ReleasePin,
+    SetRole,
     Shutdown,
     Stats,
     TellBlocks,
@@ -122,6 +124,10 @@ class MockEngine:
             case TellBlocks():
                 if self._journal is not None:
                     self._journal.want_all()
+            case SetRole():
+                scheduler.set_role(command.role)
+                self._limits = replace(self._limits, prefill_only=command.role == "prefill")
+                self._are_stats_due = True
             case Ping():
                 self._deliver(Pong())
             case Shutdown():

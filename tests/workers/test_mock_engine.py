@@ -13,7 +13,19 @@ from coordinator.errors import ConfigError
 from coordinator.messages import pack_ids
 from coordinator.sampling import SamplingParams
 from coordinator.tasks import end
-from workers.engine_messages import Activate, AddSequence, Event, Failed, Imported, ImportSequence, Pinned, ReleasePin, Shutdown, Tokens
+from workers.engine_messages import (
+    Activate,
+    AddSequence,
+    Event,
+    Failed,
+    Imported,
+    ImportSequence,
+    Pinned,
+    ReleasePin,
+    SetRole,
+    Shutdown,
+    Tokens,
+)
 from workers.mock_costs import MockCosts
 from workers.mock_engine import MockEngine, prompt_digest, token_at
 from workers.settings import EngineSettings
@@ -131,3 +143,14 @@ def test_costs_add_up_and_what_cannot_be_is_refused_by_name() -> None:
 def test_a_fleet_of_mock_workers_never_loads_torch() -> None:
     code = "import sys, workers.mock_fleet; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+async def test_a_mock_engine_takes_another_role_as_the_real_one_does(settings: EngineSettings) -> None:
+    driven = Driven(replace(settings, role="prefill"))
+    driven.engine.send(add(PROMPT, 4))
+    await driven.until(Pinned)
+    driven.engine.send(SetRole(role="both"))
+    driven.engine.send(add(PROMPT, 4, "b"))
+    assert await driven.tokens(4) == expected(PROMPT, 4)      # not pinned after the first one, and nothing is left of the former
+    assert driven.engine.scheduler.num_held_pages == 0
+    await end([driven.task])
