@@ -164,15 +164,17 @@ def kill_rows(state_dir: Path, items: Sequence[WorkItem], arguments: argparse.Na
         rows.append(Row(name=f"pd: answers over a SIGKILL of {role}", figure=summary.num_valid, bar=len(items), unit="answers",
                         higher_is_better=True, note=str(summary.details or "")))
         if role == "prefill":
-            rows.append(_gap_row(run, killed_at))
+            rows += _gap_rows(run, killed_at)
     return rows
 
 
-def _gap_row(run: Run, killed_at: float) -> Row:
+def _gap_rows(run: Run, killed_at: float) -> list[Row]:
     streams = [outcome.stream.times for outcome in run.outcomes if outcome.stream and len(outcome.stream.times) > 2]
     gaps = [max(after - before for before, after in pairwise(times[1:])) for times in streams if times[1] < killed_at < times[-1]]
-    return Row(name="pd: longest gap of who was decoding then", figure=1e3 * max(gaps, default=float("nan")), bar=KILL_GAP_MS, unit="ms",
-               higher_is_better=False, note=f"{len(gaps)} streams; between two tokens, the first two left out")
+    if not gaps:
+        return []
+    return [Row(name="pd: longest gap of who was decoding then", figure=1e3 * max(gaps), bar=KILL_GAP_MS, unit="ms",
+                higher_is_better=False, note=f"{len(gaps)} streams; between two tokens, the first two left out")]
 
 
 def chaos_rows(state_dir: Path, items: Sequence[WorkItem], arguments: argparse.Namespace) -> list[Row]:
