@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from coordinator import subjects
@@ -137,4 +138,25 @@ async def test_handles_go_to_decode_workers_of_the_same_host_and_to_others_when_
             records = await asyncio.gather(*(answer(client, prompt) for prompt in prompts))
             assert all(is_right(record, prompt, tiny_v3) for record, prompt in zip(records, prompts, strict=True))
             assert {owner.partition(".")[0] for record in records for owner in record.workers} <= {"p-0", "far-0", "far-1"}
+        await farm.wait_at_rest()
+
+
+async def test_real_workers_and_shims_do_as_the_mock_ones(tiny_v3: Path, tmp_path: Path) -> None:
+    with Farm(tmp_path, tiny_v3) as farm:
+        for name in ("one", "two", "three"):
+            farm.worker("both", name, "--prefix_affinity", "on", "--page_size", "16")
+        farm.rest("rest", "--prefix_affinity", "on", wait=False)
+        await farm.wait_registered("one", "two", "three")
+        farm.wait_ready()
+        prompt, homes = list(range(10, 250)), set()
+        async with httpx.AsyncClient(base_url=farm.url(), timeout=60.0) as http, await Bus.connect(farm.services.nats_url, "test") as bus:
+            for turn in range(5):
+                body = {"inputs": prompt, "parameters": {"max_new_tokens": 4, "ignore_eos": True, "return_details": True}}
+                reply = (await http.post("/generate", json=body)).raise_for_status()
+                record = await TokenmillClient(bus, None, model=farm.model, origin="t").final_record(reply.headers["x-job-id"], DEADLINE_S)
+                homes.add(record.workers[0])
+                assert (record.cached_tokens >= 224) == (turn > 0)
+                prompt += [token["id"] for token in reply.json()["tokens"]]
+                await asyncio.sleep(2.0)
+        assert len(homes) == 1
         await farm.wait_at_rest()
