@@ -411,4 +411,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # not through the interpreter's teardown: it would abort on a thread that is inside of native code just then

@@ -102,7 +102,7 @@ class LateExecutor:
 
     def launch(self, batch: ForwardBatch, sampled: list[Sequence]) -> LateFlight:
         assert len(self._queue) < self.depth and len(batch.carried) == len(batch.query_lens) and len(sampled) == len(batch.logit_rows)
-        copied = {name: list(getattr(batch, name)) for name in batch.__slots__}
+        copied = {name: list(value) if isinstance(value := getattr(batch, name), list) else value for name in batch.__slots__}
         copied["page_tables"] = [list(pages) for pages in batch.page_tables]
         flight = LateFlight(self)
         self._queue.append((ForwardBatch(**copied), batch.page_tables, flight))

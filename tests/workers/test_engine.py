@@ -72,10 +72,16 @@ class EngineProcess:
         self.channel = BlockingChannel(ours)
         self._events = map(decode_event, self.channel)
         self.answers: dict[str, Answer] = {}
+        self._replaced: set[str] = set()      # their first life may have said something before the second began
 
     def send(self, *commands: Command) -> None:
         for command in commands:
             self.channel.send(encode(command))
+
+    def replace(self, first: AddSequence, second: AddSequence) -> None:
+        """Both at once, of one job id."""
+        self._replaced.add(first.job_id)
+        self.send(first, second)
 
     def wait_for(self, kind: type[Any], job_id: str | None = None) -> Any:
         """The next event of this kind (about this job); token rows on the way are collected."""
@@ -111,6 +117,9 @@ class EngineProcess:
                 self.answers.setdefault(prefilled.job_id, Answer()).cached_tokens = prefilled.cached_tokens
             for row in event.rows:
                 answer = self.answers.setdefault(row.job_id, Answer())
+                if row.job_id in self._replaced and row.output_index == 0 and answer.token_ids:
+                    self._replaced.remove(row.job_id)
+                    answer = self.answers[row.job_id] = Answer()
                 assert answer.finish is None, "a row after the last one"
                 assert row.output_index == len(answer.token_ids)
                 answer.token_ids.append(row.token_id)

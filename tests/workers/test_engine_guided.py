@@ -91,7 +91,7 @@ def test_a_grammar_that_does_not_compile_fails_its_job_alone(engines: dict[str, 
         engine.wait_until_nothing_is_held()
 
 
-def test_a_job_cancelled_or_replaced_before_its_grammar_is_there_is_not_run(engines: dict[str, EngineProcess]) -> None:
+def test_a_job_cancelled_or_replaced_while_its_grammar_is_compiled_is_run_as_last_asked(engines: dict[str, EngineProcess]) -> None:
     engine = engines["both"]
     gone, other = (add([5, 6], ignore_eos=False, regular_constraint=f"[a-z]{{{count}}}") for count in (101, 102))
     engine.send(gone, Cancel(job_id=gone.job_id), other)
@@ -99,7 +99,7 @@ def test_a_job_cancelled_or_replaced_before_its_grammar_is_there_is_not_run(engi
     assert answer.token_ids and gone.job_id not in engine.answers
     replaced = add([5, 6], ignore_eos=False, regular_constraint="[0-9]{103}", max_new_tokens=7)
     anew = add([5, 6], max_new_tokens=3)
-    engine.send(replaced, type(anew)(job_id=replaced.job_id, token_ids=anew.token_ids, num_prompt=2, params=anew.params))
+    engine.replace(replaced, type(anew)(job_id=replaced.job_id, token_ids=anew.token_ids, num_prompt=2, params=anew.params))
     answer, = engine.wait_for_finish(replaced.job_id)
     assert len(answer.token_ids) == 3
     engine.wait_until_nothing_is_held()
