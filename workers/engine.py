@@ -245,7 +245,7 @@ class Engine:
         agreed = None
         if self._lockstep is not None:
             agreed = self._lockstep.turn(step.num_tokens, is_leaving=self._is_shut_down,
-                                         is_only_decodes=all(count == 1 for count in step.chunks.values()))
+                                         is_only_decodes=len(step.sampled) == step.num_tokens)
         if not (step.chunks or agreed):
             return False
         batch = self._scheduler.batch(step)

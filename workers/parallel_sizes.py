@@ -66,7 +66,7 @@ class ParallelSizes:
     def agreed(self, batch: ForwardBatch) -> Agreed | None:
         """What is known of all batches of this step. A dp group that steps by itself knows it of its own."""
         if batch.agreed is None and (self.dp == 1 or not self.is_ep):
-            return Agreed(len(batch.token_ids), all(count == 1 for count in batch.query_lens))
+            return Agreed(len(batch.token_ids), len(batch.logit_rows) == len(batch.token_ids))
         return batch.agreed
 
     def capacity(self, agreed: Agreed | None) -> int:

@@ -405,6 +405,19 @@ def test_background_tokens_of_a_step_are_few_and_fewer_still_beside_others() -> 
     assert_nothing_is_held(scheduler)
 
 
+def test_a_prompt_that_goes_on_by_one_token_may_stand_before_a_row_that_draws() -> None:
+    """Such a step is none of decodes alone (ParallelSizes.agreed): its logits are not those of the rows in order."""
+    scheduler = make_scheduler(chunk_size=4, background_tokens=4)
+    scheduler.add(make_sequence("cached", [1, 2, 3, 4, 5], new=1))
+    run_to_end(scheduler)
+    scheduler.add(make_sequence("batch", [9] * 12, new=1, is_background=True))
+    run_step(scheduler)
+    scheduler.add(make_sequence("a", [1, 2, 3, 4, 5], new=1))
+    step = scheduler.schedule()
+    batch = scheduler.batch(step)
+    assert batch.query_lens == [1, 1] and batch.logit_rows == [1]
+
+
 @pytest.mark.parametrize("short", [{"max_num_seqs": 2}, {"num_pages": 6}])
 def test_a_background_sequence_gives_way_when_slots_or_pages_are_short(short: dict[str, int]) -> None:
     scheduler = make_scheduler(**short)
