@@ -79,6 +79,15 @@ def test_only_followers_of_this_generation_are_taken_and_their_pools_are_known_b
         rank.channel.close()
 
 
+def test_whoever_connects_and_says_nothing_is_not_waited_for(pool: KVCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.leader.GREETING_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        stranger, rank = socket.create_connection(listener.getsockname()), Rank(listener.getsockname()[1], 1)
+        Followers(listener, 1, token=TOKEN, generation=5, first_rank=0, pool=pool).close()
+        stranger.close()
+        rank.channel.close()
+
+
 @pytest.mark.parametrize("error", ["", "Unavailable: gone"])
 def test_a_copy_is_done_when_the_last_rank_says_so_with_the_first_error_of_any(pool: KVCache, error: str) -> None:
     followers, ranks = gather(pool)
