@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv_transfer", choices=["auto", "mapped", "collective"], default="",
         help="how keys and values are handed over. mapped: memory of this host (CUDA IPC between GPUs). collective: NCCL or gloo, from "
              "any host. auto: mapped where it can be (default; KV_TRANS_USE_P2P=0 makes it collective)")
-    add("--kv_host", default="", help="prefill: the address where decode workers of other hosts fetch keys and values (default: the one "
+    add("--kv_host", default="", help="the address where decode workers of other hosts fetch keys and values (default: the one "
         "towards NATS)")
     add("--nnodes", type=int, default=1, help="nodes that the ranks are spread over, in order (default: %(default)s)")
     add("--node_rank", type=int, default=0, help="which of them this is; node 0 has the REST port and the queue (default: %(default)s)")

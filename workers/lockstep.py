@@ -140,7 +140,10 @@ def decode(data: bytes) -> Report | Go | Wake:
 
 
 def conduct(listener: socket.socket, num_leaders: int, check: Callable[[bytes], int]) -> Lockstep:
-    """Rank 0: wait for the other leaders, then keep time for all. `check` reads a leader's first message: its dp rank, or MalformedMessage."""
+    """Rank 0: wait for the other leaders, then keep time for all.
+
+    `check` reads a leader's first message and tells its dp rank; MalformedMessage: it is none.
+    """
     leaders: dict[int, tuple[BlockingChannel, Iterator[bytes]]] = {}
     while len(leaders) < num_leaders - 1:
         sock, peer = listener.accept()
