@@ -69,9 +69,10 @@ from workers.model_runner import ModelRunner
 from workers.page_copier import PageCopier
 from workers.parallel import Parallel
 from workers.sampler import Sampler
-from workers.scheduler import PageCopy, Scheduler, SchedulerSettings, Step
+from workers.scheduler import Scheduler
 from workers.sequence import Limits, Sequence, open_sequence
 from workers.settings import EngineSettings, RankSettings
+from workers.step import PageCopy, SchedulerSettings, Step
 from workers.transfer.desk import Desk
 from workers.transfer.reach import COLLECTIVE, MAPPED
 

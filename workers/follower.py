@@ -23,8 +23,8 @@ from workers.engine_sizes import choose_sizes, resolve
 from workers.executor import Executor
 from workers.model_config import ModelConfig
 from workers.page_copier import PageCopier
-from workers.scheduler import PageCopy
 from workers.sequence import ImportSource, Sequence
+from workers.step import PageCopy
 from workers.step_messages import Copied, Copy, Hello, Stop, decode, encode
 from workers.worker import CONFIG_STATUS, parse
 

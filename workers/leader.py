@@ -19,8 +19,8 @@ from workers.channel import GREETING_S, BlockingChannel
 from workers.executor import Executor, Flight
 from workers.kv_cache import KVCache
 from workers.page_copier import PageCopier
-from workers.scheduler import PageCopy
 from workers.sequence import Sequence
+from workers.step import PageCopy
 from workers.step_messages import Copied, Copy, Hello, Stop, decode, encode, encode_step
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from workers.kv_cache import KVCache
 from workers.leader import Followers, GroupCopier
 from workers.model_config import ModelConfig
 from workers.random_model import write_random_model
-from workers.scheduler import PageCopy
 from workers.sequence import ImportSource, Sequence
+from workers.step import PageCopy
 from workers.step_messages import Copied, Copy, Hello, Stop, decode, encode
 
 PAGES, TOKEN = 8, "t"

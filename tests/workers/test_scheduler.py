@@ -10,8 +10,9 @@ from coordinator.errors import PagesExhausted
 from coordinator.messages import KVLayout
 from coordinator.sampling import SamplingParams
 from workers.engine_messages import Failed, Imported, Pinned, Tokens
-from workers.scheduler import PageCopy, Scheduler, SchedulerSettings, Step
+from workers.scheduler import Scheduler
 from workers.sequence import ImportSource, Sequence, State
+from workers.step import PageCopy, SchedulerSettings, Step
 
 EOS = 99
 LAYOUT = KVLayout(model="m", weights="w", kind="gqa", num_layers=1, row=1, dtype="float32", page_size=2)
