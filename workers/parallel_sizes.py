@@ -8,11 +8,11 @@
 from dataclasses import dataclass, replace
 
 from coordinator.errors import ConfigError
+from coordinator.group_plan import MOE_MODES
 from kernels.block_fp8 import BLOCK
 from workers.batch import Agreed, ForwardBatch
 from workers.model_config import ModelConfig
 
-MOE_MODES = ("TP", "EP")
 EXCHANGES = ("auto", "exact", "padded", "deepep")
 
 
@@ -39,10 +39,6 @@ class ParallelSizes:
     def is_ep(self) -> bool:
         """All ranks of all dp groups must then run every step together, an empty one if need be."""
         return self.moe_mode == "EP"
-
-    @property
-    def ep_size(self) -> int:
-        return self.tp if self.is_ep else 1
 
     def dp_rank(self, rank: int) -> int:
         return rank // self.attn_tp
