@@ -14,7 +14,7 @@ from contextlib import suppress
 from coordinator.errors import MalformedMessage
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
-GREETING_S = 5.0                       # a peer on a port that is open to others too says who it is as soon as it is connected
+GREETING_S = 10.0                      # a peer on a port that is open to others too says who it is as soon as it is connected
 SOCKET_BUFFER_BYTES = 4 * 1024 * 1024  # a reader that is late by some steps does not hold up the step loop
 _READ_BYTES = 256 * 1024
 _HEADER = struct.Struct("<I")

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 NOBODY = Sequence(job_id="of the leader", token_ids=[], num_prompt=0, params=SamplingParams(), max_kv_tokens=0)
 
+
 class Follower:
     """A loaded executor and the leader's messages."""
 
@@ -85,9 +86,10 @@ def _run(argv: list[str] | None) -> int:
         sizes = group.agree(sizes)
         executor = load_executor(settings, config, sizes, lambda loaded, total: None, group)
         executor.warm_up()
-        channel, cache = group.to_leader(), executor.kv_cache
-        desk = open_desk(settings, cache)
+        cache = executor.kv_cache
+        desk = open_desk(settings, cache)  # compiles, on a GPU; a leader waits for the Hello of whoever is connected, and not for long
         way = ways_to_pool(settings, cache, desk, is_on_leaders_host=group.is_leader_here)
+        channel = group.to_leader()
         channel.send(encode(Hello(token=group.token, generation=group.generation, rank=group.rank, num_pages=cache.num_pages,
                                   address=way.address, desk=way.desk)))
         print(f"rank {settings.ranks.rank} follows its leader", file=sys.stderr, flush=True)
