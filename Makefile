@@ -57,7 +57,8 @@ test-api: $(VENV)/.dev $(MODEL)/config.json
 # Kernels compile for the GPU that is there; without one the target fails.
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"'
-	$(BIN)/python -m pytest tests/kernels tests/workers/test_kv_cache_cuda.py tests/workers/test_gpu_engine.py
+	$(BIN)/python -m pytest tests/kernels tests/workers/test_kv_cache_cuda.py tests/workers/test_gpu_engine.py tests/workers/test_gpu_parallel.py \
+		tests/workers/test_page_copier.py tests/workers/transfer/test_contract.py
 
 bench: $(VENV)/.dev $(MODEL)/config.json
 	$(BIN)/python -m bench.farm --model_dir $(MODEL)

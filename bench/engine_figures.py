@@ -12,7 +12,7 @@ import torch
 from bench.engine_loop import EngineLoop, Executor, Prompts
 from bench.roofline import Ceilings, Work, experts_visited, launch_gaps_s, step_floor_s
 from workers.model_config import ModelConfig
-from workers.scheduler import SchedulerSettings
+from workers.step import SchedulerSettings
 
 WARM_TURNS = 8
 PROMPT = 1024               # tokens of a prefilled prompt

@@ -12,8 +12,9 @@ from coordinator.sampling import SamplingParams
 from workers.batch import ForwardBatch
 from workers.engine_messages import Tokens
 from workers.model_config import ModelConfig
-from workers.scheduler import Scheduler, SchedulerSettings, Step
+from workers.scheduler import Scheduler
 from workers.sequence import ImportSource, Sequence, num_pages_for
+from workers.step import SchedulerSettings, Step
 
 
 class Flight(Protocol):

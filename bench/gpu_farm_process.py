@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench.farm_process import LOG_LINES, ROOT, FarmFailed, running_farm
 from bench.http_stream import Target
+from bench.mps import multi_process_service
 
 POLL_S = 0.2
 STOP_S = 45.0
@@ -27,7 +28,9 @@ def running_modes(mode: str, model_dir: Path, state_dir: Path, arguments: argpar
     flags = ["--max_total_token_num", str(arguments.pool_tokens), *shlex.split(arguments.serve_flags)]
     first, second = arguments.devices or (arguments.device, arguments.device)
     os.environ["LOADWORKER"] = str(arguments.load_workers)
-    with _multi_process_service() if arguments.mps else contextlib.nullcontext():
+    with multi_process_service() if arguments.mps else contextlib.nullcontext(True) as is_up:
+        if not is_up:
+            raise FarmFailed("--mps: nvidia-cuda-mps-control is not there, or does not start")
         if mode == "normal":
             with running_farm(model_dir, state_dir, num_threads=0, ready_s=arguments.ready_s,
                               flags=["--device", arguments.device, *flags]) as url:
@@ -145,12 +148,3 @@ def _log(state_dir: Path, role: str) -> Path:
 
 def _pid(state_dir: Path, role: str) -> Path:
     return state_dir / f"{role}.pid"
-
-
-@contextlib.contextmanager
-def _multi_process_service() -> Iterator[None]:
-    subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["nvidia-cuda-mps-control"], input=b"quit\n", check=False)

@@ -12,8 +12,9 @@ from collections.abc import Sequence as Seq
 
 from coordinator.sampling import SamplingParams
 from workers.engine_messages import Tokens, encode
-from workers.scheduler import Scheduler, SchedulerSettings, Step
+from workers.scheduler import Scheduler
 from workers.sequence import Sequence
+from workers.step import SchedulerSettings, Step
 
 PAGE_SIZE, NUM_PAGES, DEPTH = 64, 32768, 2
 PROMPT_LEN, OUTPUT_LEN = 1024, 256

@@ -13,15 +13,15 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.kernel_result import slug
 from bench.machine import describe_machine, machine_line
+from bench.mps import multi_process_service
 from bench.survivor import write_json
 from bench.tables import markdown_table
 
@@ -76,18 +76,6 @@ def run_worker(setting: str, arguments: Sequence[str], limit_s: float) -> list[d
 
 
 _KILLER = "import os,signal,sys,time; time.sleep(float(sys.argv[2])); os.killpg(int(sys.argv[1]), signal.SIGKILL)"
-
-
-@contextlib.contextmanager
-def multi_process_service() -> Iterator[bool]:
-    """CUDA's MPS, for processes that are started in this block; False where it cannot be had."""
-    control = shutil.which("nvidia-cuda-mps-control")
-    is_up = control is not None and subprocess.run([control, "-d"], check=False).returncode == 0
-    try:
-        yield is_up
-    finally:
-        if is_up and control is not None:
-            subprocess.run([control], input=b"quit\n", check=False)
 
 
 def transfer_row(figure: dict[str, Any]) -> list[str]:

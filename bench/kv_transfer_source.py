@@ -14,7 +14,6 @@ from workers.model_config import ModelConfig
 from workers.transfer.desk import Desk
 
 PAGE_SIZE = 64
-PLANE = 1 << 24     # noise is drawn in blocks of so many elements
 
 
 def make_pool(device: torch.device, num_pages: int, model: str = "v2-lite") -> KVCache:

@@ -186,7 +186,7 @@ def measure_decode(arguments: argparse.Namespace) -> None:
     from bench.shapes import named_config
     from workers.cuda_executor import CudaExecutor
     from workers.model_config import ModelConfig
-    from workers.scheduler import SchedulerSettings
+    from workers.step import SchedulerSettings
 
     device = torch.device(arguments.device)
     torch.cuda.set_device(device)

@@ -4,7 +4,7 @@ An operation takes max(bytes / bandwidth, operations / arithmetic rate); operati
 this list of operations count as memory traffic, so fusing them, or keeping one in L2, gets a little under the floor. Knows no tensor.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -179,11 +179,3 @@ def _weight_bytes(config: ModelConfig) -> int:
 
 def _rate(config: ModelConfig) -> Rate:
     return "fp8" if config.fp8_block else "bf16"
-
-
-def by_name(ops: Sequence[Op], ceilings: Ceilings) -> dict[str, float]:
-    """Seconds at the floor, operations of one name together, slowest first."""
-    seconds: dict[str, float] = {}
-    for op in ops:
-        seconds[op.name] = seconds.get(op.name, 0.0) + op.floor_s(ceilings)
-    return dict(sorted(seconds.items(), key=lambda item: -item[1]))

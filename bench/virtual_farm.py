@@ -15,8 +15,9 @@ from coordinator.sampling import SamplingParams
 from workers.engine_messages import AddSequence, Event, ImportSequence, TokenRow, Tokens
 from workers.mock_costs import MockCosts
 from workers.mock_engine import LOGPROB, mock_token
-from workers.scheduler import PageCopy, Role, Scheduler, SchedulerSettings, Step
+from workers.scheduler import Scheduler
 from workers.sequence import Limits, Sequence, State, open_sequence
+from workers.step import PageCopy, Role, SchedulerSettings, Step
 
 VOCAB_SIZE = 49_152
 

@@ -12,7 +12,7 @@ from coordinator.messages import KVLayout, KVRank, pack_ids
 from coordinator.sampling import SamplingParams
 from workers.engine_messages import Event, Imported, ImportSequence, Pinned, PoolAddress, Tokens
 from workers.mock_costs import MockCosts
-from workers.scheduler import SchedulerSettings
+from workers.step import SchedulerSettings
 
 MAX_IMPORTS = 8
 SWITCH_S = 1.0        # from the end of the drain to the first pull in the new role

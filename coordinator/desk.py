@@ -103,7 +103,7 @@ class Desk:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            body = await _receive(reader)
+            body = await asyncio.wait_for(_receive(reader), SILENCE_S)
             if body is not None and not hmac.compare_digest(str(body.get("token", "")).encode(), self._token.encode()):
                 _refuse(writer, "the token is another one than that of node 0: TOKENMILL_CLUSTER_TOKEN must be the same on all nodes")
             elif body is not None and body.get("op") == "node":
@@ -112,6 +112,8 @@ class Desk:
                 await self._seat(reader, writer, body)
         except asyncio.CancelledError:
             pass  # the desk stops
+        except TimeoutError:
+            log.warning("desk: a connection was closed: it said nothing for %g s", SILENCE_S)
         except (MalformedMessage, KeyError, TypeError, ValueError) as error:
             log.warning("desk: a connection was closed: %s", error)
         finally:
@@ -129,11 +131,11 @@ class Desk:
         group = self._groups.get(name)
         if group is None:
             group = self._groups[name] = _Group(size)
-        if group.is_formed:
-            self._break(group, rank, VANISHED, "it joined anew")
         if group.size != size or not 0 <= rank < size:
             _refuse(writer, f"rank {rank} of {size}, and the group {name} has {group.size} ranks")
             return
+        if group.is_formed:
+            self._break(group, rank, VANISHED, "it joined anew")
         for other in group.chairs.values():
             if other.rank != rank and (difference := _difference(other.facts, chair.facts, f"rank {other.rank}")) is not None:
                 _refuse(writer, difference)

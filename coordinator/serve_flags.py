@@ -3,7 +3,7 @@
 import argparse
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from coordinator import group_plan, serve_doors, serve_ranks, tls
@@ -50,7 +50,15 @@ def parse(argv: list[str], environment: Mapping[str, str] = os.environ) -> argpa
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tokenmill serve", description="Start a farm on this machine, or one part of it.", epilog=EPILOG,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument_group("what and where").add_argument
+    _add_what_and_where(parser.add_argument_group("what and where").add_argument)
+    _add_engine(parser.add_argument_group("engine").add_argument)
+    _add_many_processes(parser.add_argument_group("many processes").add_argument)
+    _add_secrets(parser.add_argument_group("secrets and certificates").add_argument)
+    _add_limits(parser.add_argument_group("limits and endings").add_argument)
+    return parser
+
+
+def _add_what_and_where(add: Callable[..., argparse.Action]) -> None:
     add("--run_mode", choices=RUN_MODES, default="normal",
         help="normal: everything here. pd_master: the REST door, and the queue if there is no config server. config_server: the queue, and "
              "where it is. prefill, decode: one worker that joins a pd_master or a config server")
@@ -71,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--api_keys_file", default="", help="REST wants a key of this file (tokenmill keys create); needed unless --host is loopback")
     add("--cors_origins", default="", help="origins whose web pages may ask here, separated by commas, or * (default: none)")
 
-    add = parser.add_argument_group("engine").add_argument
+
+def _add_engine(add: Callable[..., argparse.Action]) -> None:
     add("--engine", choices=["model", "mock"], default="model",
         help="mock: no model and no weights, made-up tokens in the time that --mock_costs say; for tests and simulations of farms")
     add("--mock_costs", default="", help="of the mock engine: prefill=TOKENS_PER_S,step_ms=…,seq_ms=…,copy_ms=… (default: 20000, 8, 0.05, "
@@ -115,14 +124,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--mtp_mode", default=None, help="not in this version")
     add("--mtp_step", type=int, default=0, help="not in this version")
 
-    add = parser.add_argument_group("many processes").add_argument
+
+def _add_many_processes(add: Callable[..., argparse.Action]) -> None:
     add("--pd_master_ip", default="", help="prefill, decode: where the pd_master is")
     add("--pd_master_port", type=int, default=0, help="its REST port (default: 1212, 60011 or 8000, whichever answers)")
     add("--worker_id", default="", help="name of this worker in the farm (default: role and process id)")
     add("--kv_transfer", choices=["auto", "mapped", "collective"], default="",
         help="how keys and values are handed over. mapped: memory of this host (CUDA IPC between GPUs). collective: NCCL or gloo, from "
              "any host. auto: mapped where it can be (default; KV_TRANS_USE_P2P=0 makes it collective)")
-    add("--kv_host", default="", help="prefill: the address where decode workers of other hosts fetch keys and values (default: the one "
+    add("--kv_host", default="", help="the address where decode workers of other hosts fetch keys and values (default: the one "
         "towards NATS)")
     add("--nnodes", type=int, default=1, help="nodes that the ranks are spread over, in order (default: %(default)s)")
     add("--node_rank", type=int, default=0, help="which of them this is; node 0 has the REST port and the queue (default: %(default)s)")
@@ -139,7 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--ttft_objective", type=float, default=2.0, help="planner: seconds to the first token, p90 (default: %(default)s)")
     add("--tpot_objective", type=float, default=0.1, help="planner: seconds per token after it, p90 (default: %(default)s)")
 
-    add = parser.add_argument_group("secrets and certificates").add_argument
+
+def _add_secrets(add: Callable[..., argparse.Action]) -> None:
     add("--cluster_token", default="", help="the secret that all processes of a farm share (better in the environment or in a file: what "
         "stands here everybody on the machine can read)")
     add("--cluster_token_file", default="", help="read it from the first line of this file")
@@ -147,7 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--tls_key", default="", help="its key")
     add("--tls_ca", default="", help="doors are asked by https and must show a certificate of this CA; also for tls:// and rediss://")
 
-    add = parser.add_argument_group("limits and endings").add_argument
+
+def _add_limits(add: Callable[..., argparse.Action]) -> None:
     add("--max_queued", type=int, default=10_000, help="jobs per class, waiting or running, before clients get 429 (default: %(default)s)")
     add("--max_queued_tokens", type=int, default=8_000_000,
         help="open tokens (prompt and max_new_tokens) per class before clients get 429; 0: no bound (default: %(default)s)")
@@ -158,7 +170,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--engine_stall_s", type=float, default=0.0,
         help="an engine silent for this long is ended, and its jobs go back into the queue (default: 60 on GPU, 120 on CPU)")
     add("--log_level", default="warning", choices=["debug", "info", "warning", "error"])
-    return parser
 
 
 def _load_workers(environment: Mapping[str, str]) -> int:

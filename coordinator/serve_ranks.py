@@ -37,6 +37,9 @@ def plan_of(flags: argparse.Namespace) -> GroupPlan:
     for name in FLAGS:
         if plan.is_one_rank and getattr(flags, name) not in ("auto", 0):
             raise ConfigError(f"--{name} {getattr(flags, name)}: there is one rank: it has all experts and nothing to sum up (--tp)")
+    if flags.kv_transfer == "mapped" and flags.run_mode != "normal" and plan.ranks_per_node % plan.ranks_per_dp_group:
+        raise ConfigError(f"--kv_transfer mapped: dp groups of {plan.ranks_per_dp_group} ranks over nodes of {plan.ranks_per_node}, and "
+                          "memory of one node is not mapped on another: use auto or collective")
     host = _host_of_node_0(flags)
     if plan.nnodes > 1 and not is_loopback(host):
         if not flags.cluster_token and not flags.insecure:

@@ -8,7 +8,7 @@ class Agreed:
     """The same on all ranks of an EP deployment for a step that they run together. One whose dp group has no work runs it empty."""
 
     num_rows: int              # the most new tokens that any dp group has
-    is_decode: bool            # every group has decodes only, or nothing
+    is_decode: bool            # every group has nothing but tokens whose successors are drawn: one of each sequence
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from contextlib import suppress
 from coordinator.errors import MalformedMessage
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
+GREETING_S = 10.0                      # a peer on a port that is open to others too says who it is as soon as it is connected
 SOCKET_BUFFER_BYTES = 4 * 1024 * 1024  # a reader that is late by some steps does not hold up the step loop
 _READ_BYTES = 256 * 1024
 _HEADER = struct.Struct("<I")
@@ -38,6 +39,17 @@ class BlockingChannel:
         splitter = _Splitter()
         while received := self._receive():
             yield from splitter.feed(received)
+
+    def greeting(self, timeout_s: float) -> tuple[bytes, Iterator[bytes]]:
+        """The first message, and an iterator over all others; b"" from a peer that says nothing: it may be a stranger on an open port."""
+        messages = iter(self)
+        self._sock.settimeout(timeout_s)
+        try:
+            return next(messages, b""), messages
+        except TimeoutError:
+            return b"", messages
+        finally:
+            self._sock.setblocking(True)
 
     def _receive(self) -> bytes:
         try:

@@ -69,9 +69,10 @@ from workers.model_runner import ModelRunner
 from workers.page_copier import PageCopier
 from workers.parallel import Parallel
 from workers.sampler import Sampler
-from workers.scheduler import PageCopy, Scheduler, SchedulerSettings, Step
+from workers.scheduler import Scheduler
 from workers.sequence import Limits, Sequence, open_sequence
 from workers.settings import EngineSettings, RankSettings
+from workers.step import PageCopy, SchedulerSettings, Step
 from workers.transfer.desk import Desk
 from workers.transfer.reach import COLLECTIVE, MAPPED
 
@@ -245,7 +246,7 @@ class Engine:
         agreed = None
         if self._lockstep is not None:
             agreed = self._lockstep.turn(step.num_tokens, is_leaving=self._is_shut_down,
-                                         is_only_decodes=all(count == 1 for count in step.chunks.values()))
+                                         is_only_decodes=len(step.sampled) == step.num_tokens)
         if not (step.chunks or agreed):
             return False
         batch = self._scheduler.batch(step)
@@ -311,8 +312,8 @@ def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None], 
 
 
 def open_desk(settings: EngineSettings, pool: KVCache) -> Desk | None:
-    """Where other hosts ask for pages of this rank: a prefill worker's, unless it is told to be mapped only."""
-    return Desk(pool, settings.kv_host) if settings.role == "prefill" and settings.kv_transfer != MAPPED else None
+    """Where other hosts ask for pages of this rank, unless it is told to be mapped only. In any role: prefill may be ordered later."""
+    return Desk(pool, settings.kv_host) if settings.kv_transfer != MAPPED else None
 
 
 def ways_to_pool(settings: EngineSettings, pool: KVCache, desk: Desk | None, *, is_on_leaders_host: bool = True) -> KVRank:

@@ -23,14 +23,15 @@ from workers.engine_sizes import choose_sizes, resolve
 from workers.executor import Executor
 from workers.model_config import ModelConfig
 from workers.page_copier import PageCopier
-from workers.scheduler import PageCopy
 from workers.sequence import ImportSource, Sequence
+from workers.step import PageCopy
 from workers.step_messages import Copied, Copy, Hello, Stop, decode, encode
 from workers.worker import CONFIG_STATUS, parse
 
 log = logging.getLogger(__name__)
 
 NOBODY = Sequence(job_id="of the leader", token_ids=[], num_prompt=0, params=SamplingParams(), max_kv_tokens=0)
+
 
 class Follower:
     """A loaded executor and the leader's messages."""
@@ -85,9 +86,10 @@ def _run(argv: list[str] | None) -> int:
         sizes = group.agree(sizes)
         executor = load_executor(settings, config, sizes, lambda loaded, total: None, group)
         executor.warm_up()
-        channel, cache = group.to_leader(), executor.kv_cache
-        desk = open_desk(settings, cache)
+        cache = executor.kv_cache
+        desk = open_desk(settings, cache)  # compiles, on a GPU; a leader waits for the Hello of whoever is connected, and not for long
         way = ways_to_pool(settings, cache, desk, is_on_leaders_host=group.is_leader_here)
+        channel = group.to_leader()
         channel.send(encode(Hello(token=group.token, generation=group.generation, rank=group.rank, num_pages=cache.num_pages,
                                   address=way.address, desk=way.desk)))
         print(f"rank {settings.ranks.rank} follows its leader", file=sys.stderr, flush=True)

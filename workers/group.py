@@ -232,7 +232,8 @@ def _facts(settings: EngineSettings, engine: EngineSizes) -> dict[str, str]:
     """What must be the same on all ranks, by the name of the flag."""
     ranks = settings.ranks
     return {"the model's weights": weights_hash(Path(settings.model_dir)), "--device": settings.device.partition(":")[0],
-            "--run_mode": settings.role, "--data_type": str(engine.dtype), "--page_size": str(engine.page_size),
+            "--run_mode": settings.role, "--kv_transfer": settings.kv_transfer,
+            "--data_type": str(engine.dtype), "--page_size": str(engine.page_size),
             "--max_req_total_len": str(engine.max_seq_len), "--running_max_req_size": str(engine.max_num_seqs),
             "--chunked_prefill_size": str(engine.chunk_size), "--graph_max_batch_size": str(settings.graph_max_batch_size),
             "--disable_cudagraph": str(not settings.use_cuda_graphs), "--dp": str(ranks.dp), "MOE_MODE": ranks.moe_mode,

@@ -199,10 +199,6 @@ class Taker:
         self._is_cancelled = is_cancelled
         self._imports: dict[str, asyncio.Future[Imported | Failed]] = {}
 
-    @property
-    def num_importing(self) -> int:
-        return len(self._imports)
-
     def on_imported(self, imported: Imported) -> None:
         self._arrived(imported.job_id, imported)
 

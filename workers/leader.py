@@ -15,12 +15,12 @@ from itertools import count
 from coordinator.errors import MalformedMessage, Unavailable
 from coordinator.messages import KVRank
 from workers.batch import ForwardBatch
-from workers.channel import BlockingChannel
+from workers.channel import GREETING_S, BlockingChannel
 from workers.executor import Executor, Flight
 from workers.kv_cache import KVCache
 from workers.page_copier import PageCopier
-from workers.scheduler import PageCopy
 from workers.sequence import Sequence
+from workers.step import PageCopy
 from workers.step_messages import Copied, Copy, Hello, Stop, decode, encode, encode_step
 
 log = logging.getLogger(__name__)
@@ -38,9 +38,9 @@ class Followers:
             sock, peer = listener.accept()
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             channel = BlockingChannel(sock)
-            messages = iter(channel)
             try:
-                hello = decode(next(messages, b""))
+                data, messages = channel.greeting(GREETING_S)
+                hello = decode(data)
                 if not isinstance(hello, Hello) or not hmac.compare_digest(hello.token.encode(), token.encode()):
                     raise MalformedMessage("no follower of ours")
                 if hello.generation != generation or hello.num_pages != pool.num_pages:
@@ -74,10 +74,11 @@ class Followers:
             channel.close()
 
     def _listen(self, messages: Iterator[bytes]) -> None:
-        for data in messages:
-            message = decode(data)
-            if isinstance(message, Copied):
-                self.on_copied(message)
+        with contextlib.suppress(OSError):  # closed meanwhile
+            for data in messages:
+                message = decode(data)
+                if isinstance(message, Copied):
+                    self.on_copied(message)
 
 
 class LeaderExecutor:

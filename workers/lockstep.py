@@ -11,17 +11,20 @@ reports, and the conductor wakes the others:
 A dead leader is not this file's business: its group breaks, and all processes end.
 """
 
+import logging
 import queue
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import msgpack
 
 from coordinator.errors import MalformedMessage
 from workers.batch import Agreed
-from workers.channel import BlockingChannel
+from workers.channel import GREETING_S, BlockingChannel
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,31 +140,33 @@ def decode(data: bytes) -> Report | Go | Wake:
 
 
 def conduct(listener: socket.socket, num_leaders: int, check: Callable[[bytes], int]) -> Lockstep:
-    """Rank 0: wait for the other leaders, then keep time for all. `check` reads a leader's first message: its dp rank."""
-    channels: dict[int, tuple[BlockingChannel, threading.Thread]] = {}
-    ready = threading.Event()
-    conductor: Conductor
+    """Rank 0: wait for the other leaders, then keep time for all.
 
-    def listen(channel: BlockingChannel) -> None:
-        messages = iter(channel)
-        dp_rank = check(next(messages, b""))
-        channels[dp_rank] = channel, threading.current_thread()
-        if len(channels) == num_leaders - 1:
-            ready.set()
-        ready.wait()
+    `check` reads a leader's first message and tells its dp rank; MalformedMessage: it is none.
+    """
+    leaders: dict[int, tuple[BlockingChannel, Iterator[bytes]]] = {}
+    while len(leaders) < num_leaders - 1:
+        sock, peer = listener.accept()
+        channel = _channel(sock)
+        try:
+            data, messages = channel.greeting(GREETING_S)
+            leaders[check(data)] = channel, messages
+        except MalformedMessage as error:
+            log.warning("a connection from %s was closed: %s", peer[0], error)
+            channel.close()
+    mine = Lockstep(lambda report: conductor.report(0, report))
+    tell: list[Callable[[Go | Wake], None]] = [mine.hear]
+    tell += [lambda message, rank=rank: leaders[rank][0].send(encode(message)) for rank in range(1, num_leaders)]  # type: ignore[misc]
+    conductor = Conductor(tell)
+
+    def listen(dp_rank: int, messages: Iterator[bytes]) -> None:
         for data in messages:
             report = decode(data)
             assert isinstance(report, Report)
             conductor.report(dp_rank, report)
 
-    mine = Lockstep(lambda report: conductor.report(0, report))
-    tell: list[Callable[[Go | Wake], None]] = [mine.hear]
-    tell += [lambda message, rank=rank: channels[rank][0].send(encode(message)) for rank in range(1, num_leaders)]  # type: ignore[misc]
-    conductor = Conductor(tell)
-    for _ in range(num_leaders - 1):
-        sock, _ = listener.accept()
-        threading.Thread(target=listen, args=(_channel(sock),), name="lockstep", daemon=True).start()
-    ready.wait()
+    for dp_rank, (_, messages) in leaders.items():
+        threading.Thread(target=listen, args=(dp_rank, messages), name="lockstep", daemon=True).start()
     return mine
 
 

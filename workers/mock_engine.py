@@ -38,9 +38,10 @@ from workers.engine_messages import (
     Tokens,
 )
 from workers.mock_costs import MockCosts
-from workers.scheduler import PageCopy, Scheduler, SchedulerSettings, Step
+from workers.scheduler import Scheduler
 from workers.sequence import Limits, Sequence, open_sequence
 from workers.settings import EngineSettings
+from workers.step import PageCopy, SchedulerSettings, Step
 
 log = logging.getLogger(__name__)
 

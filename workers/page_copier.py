@@ -16,7 +16,7 @@ import torch
 from coordinator.errors import TokenmillError, Unavailable
 from coordinator.messages import KVLayout, KVRank
 from workers.kv_cache import KVCache
-from workers.scheduler import PageCopy
+from workers.step import PageCopy
 from workers.transfer import staging
 from workers.transfer.collective import CollectiveLink
 from workers.transfer.lane import Errand, Lane

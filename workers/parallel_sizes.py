@@ -8,11 +8,11 @@
 from dataclasses import dataclass, replace
 
 from coordinator.errors import ConfigError
+from coordinator.group_plan import MOE_MODES
 from kernels.block_fp8 import BLOCK
 from workers.batch import Agreed, ForwardBatch
 from workers.model_config import ModelConfig
 
-MOE_MODES = ("TP", "EP")
 EXCHANGES = ("auto", "exact", "padded", "deepep")
 
 
@@ -40,10 +40,6 @@ class ParallelSizes:
         """All ranks of all dp groups must then run every step together, an empty one if need be."""
         return self.moe_mode == "EP"
 
-    @property
-    def ep_size(self) -> int:
-        return self.tp if self.is_ep else 1
-
     def dp_rank(self, rank: int) -> int:
         return rank // self.attn_tp
 
@@ -66,7 +62,7 @@ class ParallelSizes:
     def agreed(self, batch: ForwardBatch) -> Agreed | None:
         """What is known of all batches of this step. A dp group that steps by itself knows it of its own."""
         if batch.agreed is None and (self.dp == 1 or not self.is_ep):
-            return Agreed(len(batch.token_ids), all(count == 1 for count in batch.query_lens))
+            return Agreed(len(batch.token_ids), len(batch.logit_rows) == len(batch.token_ids))
         return batch.agreed
 
     def capacity(self, agreed: Agreed | None) -> int:

@@ -160,3 +160,12 @@ def _check(num_prompt: int, token_ids: list[int], params: SamplingParams, limits
                                              f"the longest sequence of {limits.max_seq_len} tokens")
     if len(token_ids) - num_prompt >= params.max_new_tokens:
         raise InvalidField("max_new_tokens", f"all {params.max_new_tokens} output tokens are there already")
+
+
+def slots_for(pages: list[int], start: int, end: int, size: int) -> list[int]:
+    """Where the tokens [start, end) of a sequence with these pages lie in the pool."""
+    slots: list[int] = []
+    for index in range(start // size, (end - 1) // size + 1):
+        first = pages[index] * size
+        slots += range(first + max(0, start - index * size), first + min(size, end - index * size))
+    return slots

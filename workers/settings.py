@@ -47,7 +47,7 @@ class EngineSettings:
     use_cuda_graphs: bool = True
     use_fa3: bool = False
     kv_transfer: str = "auto"        # ways by which keys and values are handed over: auto, mapped or collective
-    kv_host: str = "127.0.0.1"       # where a prefill worker's desk listens, for transfers by collectives
+    kv_host: str = "127.0.0.1"       # where the desk for KV pages listens, for transfers by collectives
     depth: int = 0                   # steps between launch and result: 1 on CPU, 2 on GPU
     ranks: RankSettings = field(default_factory=RankSettings)
 

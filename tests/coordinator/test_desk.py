@@ -130,6 +130,20 @@ def test_garbage_on_the_port_harms_nobody(desk: Desk) -> None:
     assert Rank(desk, 0, 1).formed()
 
 
+def test_whoever_connects_and_says_nothing_is_not_waited_for(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.desk.SILENCE_S", 0.2)
+    with socket.create_connection(("127.0.0.1", int(desk.address.rpartition(":")[2])), timeout=20) as stranger:
+        assert stranger.recv(10) == b""
+
+
+def test_a_rank_of_another_size_is_refused_and_the_group_goes_on(desk: Desk) -> None:
+    ranks = [Rank(desk, rank, 2) for rank in range(2)]
+    assert [rank.formed() for rank in ranks]
+    assert "rank 5 of 9" in Rank(desk, 5, 9).refusal()
+    with pytest.raises(queue.Empty):
+        ranks[0].broken.get(timeout=0.2)
+
+
 @pytest.mark.services
 def test_nodes_that_know_the_farms_redis_find_the_desk_through_it(redis_url: str, desk: Desk) -> None:
     addresses = iter(["", "127.0.0.1:9"])  # not written down yet; what a dead node 0 left

@@ -33,6 +33,8 @@ def test_numbers_that_do_not_go_together_are_refused_by_flag(sizes: dict[str, An
     (["--run_mode", "pd_master", "--tp", "2"], {}, "pd_master computes nothing"),
     (["--tp", "2", "--nnodes", "2", "--nccl_host", "10.0.0.1"], {}, "--nccl_host 10.0.0.1: not a loopback address"),
     ([], {"MOE_MODE": "XP"}, "MOE_MODE=XP"),
+    (["--run_mode", "decode", "--tp", "4", "--nnodes", "2", "--kv_transfer", "mapped", "--config_server_host", "127.0.0.1"], {},
+     "--kv_transfer mapped: dp groups of 4 ranks over nodes of 2"),
 ])
 def test_serve_refuses_what_several_ranks_cannot_honour(tmp_path: Path, flags: list[str], environment: dict[str, str], text: str) -> None:
     (tmp_path / "config.json").write_text("{}")

@@ -1,7 +1,7 @@
 """Run steps of every kind on the executor for GPUs, interpreted on the CPU, and on the plain model; fail where they differ.
 
 A chunk of a prompt, the rest of it beside a decode, decodes that carry their token over from the step before, scattered pages
-whose other slots hold NaN, and a batch whose rows change places.
+whose other slots hold NaN, a batch whose rows change places, and a prompt of which a single token runs between decodes.
 """
 
 import sys
@@ -86,6 +86,8 @@ def main() -> None:
         last = walk.step([(a, 1), (b, 17)], last)
         last = walk.step([(a, 1), (b, 20), (c, 5)], last)
         last = walk.step([(c, 1), (b, 1), (a, 1)], last)
+        d = sequence(walk, 3, [5], 4)
+        last = walk.step([(a, 1), (d, 1), (c, 1)], last)  # a prompt goes on by one token, and draws none
         for _ in range(9):  # a grows past the end of its second page
             if a.num_computed == 32:
                 a.page_table.append(9)

@@ -362,6 +362,10 @@ def test_an_import_from_a_pool_that_is_gone_fails_by_itself(engines: dict[str, E
 # ---- cancel ----
 
 
+def test_a_worker_that_may_be_ordered_to_prefill_has_a_way_to_its_pool_for_other_hosts(engines: dict[str, EngineProcess]) -> None:
+    assert all(rank.desk for engine in engines.values() for rank in engine.ready.pool.ranks)
+
+
 def test_cancel_frees_everything_while_waiting_prefilling_and_decoding(both: EngineProcess) -> None:
     unheard = [add(prompt_of(200, seed=200 + i), max_new_tokens=100) for i in range(10)]
     both.send(*unheard, *(Cancel(job_id=job.job_id) for job in unheard))

@@ -15,8 +15,8 @@ from workers.kv_cache import KVCache
 from workers.leader import Followers, GroupCopier
 from workers.model_config import ModelConfig
 from workers.random_model import write_random_model
-from workers.scheduler import PageCopy
 from workers.sequence import ImportSource, Sequence
+from workers.step import PageCopy
 from workers.step_messages import Copied, Copy, Hello, Stop, decode, encode
 
 PAGES, TOKEN = 8, "t"
@@ -76,6 +76,15 @@ def test_only_followers_of_this_generation_are_taken_and_their_pools_are_known_b
     assert all(isinstance(rank.next(), Stop) for rank in ranks)
     followers.close()
     for rank in ranks:
+        rank.channel.close()
+
+
+def test_whoever_connects_and_says_nothing_is_not_waited_for(pool: KVCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.leader.GREETING_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        stranger, rank = socket.create_connection(listener.getsockname()), Rank(listener.getsockname()[1], 1)
+        Followers(listener, 1, token=TOKEN, generation=5, first_rank=0, pool=pool).close()
+        stranger.close()
         rank.channel.close()
 
 

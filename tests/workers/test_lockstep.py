@@ -2,10 +2,13 @@
 
 import queue
 import random
+import socket
 import threading
 
 import pytest
 
+from coordinator.errors import MalformedMessage
+from workers import lockstep
 from workers.batch import Agreed, ForwardBatch
 from workers.lockstep import Conductor, Go, Lockstep, Report, Wake, decode, encode
 from workers.step_messages import Copy, encode_step
@@ -112,3 +115,27 @@ def test_page_copies_arrive_as_they_were_sent() -> None:
                 num_pages=9, layout={"model": "m"}, src_pages=[1, 2], dst_pages=[3, 4], num_tokens=20)
     arrived = decode_step(encode_message(copy))
     assert isinstance(arrived, Copy) and list(arrived.src_pages) == [1, 2] and list(arrived.ranks) == [("a", ""), ("b", "d")]
+
+
+def test_strangers_on_the_conductors_port_keep_no_leader_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lockstep, "GREETING_S", 0.2)
+
+    def check(hello: bytes) -> int:
+        if hello != b"leader":
+            raise MalformedMessage("no leader of this group")
+        return 1
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        conducting: queue.SimpleQueue[Lockstep] = queue.SimpleQueue()
+        threading.Thread(target=lambda: conducting.put(lockstep.conduct(listener, 2, check)), daemon=True).start()
+        with socket.create_connection(address), socket.create_connection(address) as talker:  # one that says nothing
+            talker.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            other = lockstep.keep_step(address, b"leader")
+            first = conducting.get(timeout=20)
+        woken: queue.SimpleQueue[Wake] = queue.SimpleQueue()
+        other.on_wake = woken.put
+        ran: queue.SimpleQueue[Agreed | None] = queue.SimpleQueue()
+        threading.Thread(target=lambda: ran.put(first.turn(3, is_only_decodes=False)), daemon=True).start()
+        other.wake(woken.get(timeout=20))
+        assert other.turn(0, is_only_decodes=True) == ran.get(timeout=20) == Agreed(3, False)

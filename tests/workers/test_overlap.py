@@ -15,8 +15,9 @@ from tests.workers.paged_double import EOS, PAGE_SIZE, VOCAB_SIZE, LateExecutor,
 from workers.engine import Engine
 from workers.engine_messages import AddSequence, Cancel, Command, Event, Failed, Pinned, ReleasePin, Shutdown, Stats, Tokens
 from workers.executor import Executor
-from workers.scheduler import Scheduler, SchedulerSettings
+from workers.scheduler import Scheduler
 from workers.sequence import Limits, Sequence
+from workers.step import SchedulerSettings
 
 LAYOUT = KVLayout(model="m", weights="w", kind="gqa", num_layers=1, row=1, dtype="float32", page_size=PAGE_SIZE)
 EXECUTORS: list[Callable[[], Executor]] = [lambda: eager_executor(1), lambda: eager_executor(2), LateExecutor]  # type: ignore[list-item]

@@ -12,8 +12,8 @@ from workers.kv_cache import KVCache
 from workers.model_config import ModelConfig
 from workers.page_copier import PageCopier
 from workers.random_model import write_random_model
-from workers.scheduler import PageCopy
 from workers.sequence import ImportSource, Sequence
+from workers.step import PageCopy
 
 PAGE_SIZE = 4
 DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda"), marks=[

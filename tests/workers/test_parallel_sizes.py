@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from coordinator.errors import ConfigError
+from workers.batch import Agreed, ForwardBatch
 from workers.model_config import ModelConfig
 from workers.parallel_sizes import ParallelSizes
 from workers.random_model import FP8_CONFIG, KINDS
@@ -28,6 +29,15 @@ def test_key_value_heads_split_and_repeat_where_there_are_fewer_than_ranks() -> 
     assert [list(ParallelSizes(tp=16).kv_heads(config, rank)) for rank in (0, 1, 2, 15)] == [[0], [0], [1], [7]]
     local = ParallelSizes(tp=16).local(config)
     assert (local.num_heads, local.num_kv_heads, local.kv_row) == (2, 1, 2 * config.head_dim)
+
+
+def test_a_step_is_one_of_decodes_only_if_every_token_in_it_draws_the_next() -> None:
+    """Else the rows of its logits are not those of the sequences that draw: a prompt may go on by a single token, too."""
+    batch = ForwardBatch(token_ids=[5, 6, 7], positions=[3, 9, 8], slot_mapping=[3, 9, 8], query_lens=[1, 1, 1], seq_lens=[4, 10, 9],
+                         page_tables=[[0], [1], [2]], logit_rows=[0, 1, 2])
+    assert ParallelSizes().agreed(batch) == Agreed(3, is_decode=True)
+    batch.logit_rows = [0, 2]
+    assert ParallelSizes().agreed(batch) == Agreed(3, is_decode=False)
 
 
 def test_a_latent_cache_is_whole_on_every_rank() -> None:

@@ -10,8 +10,9 @@ from coordinator.errors import PagesExhausted
 from coordinator.messages import KVLayout
 from coordinator.sampling import SamplingParams
 from workers.engine_messages import Failed, Imported, Pinned, Tokens
-from workers.scheduler import PageCopy, Scheduler, SchedulerSettings, Step
+from workers.scheduler import Scheduler
 from workers.sequence import ImportSource, Sequence, State
+from workers.step import PageCopy, SchedulerSettings, Step
 
 EOS = 99
 LAYOUT = KVLayout(model="m", weights="w", kind="gqa", num_layers=1, row=1, dtype="float32", page_size=2)
@@ -403,6 +404,19 @@ def test_background_tokens_of_a_step_are_few_and_fewer_still_beside_others() -> 
     finished = {job_id for job_id, _, _, finish in rows(run_to_end(scheduler)) if finish}
     assert finished == {"a"} | {f"batch{number}" for number in range(16)}
     assert_nothing_is_held(scheduler)
+
+
+def test_a_prompt_that_goes_on_by_one_token_may_stand_before_a_row_that_draws() -> None:
+    """Such a step is none of decodes alone (ParallelSizes.agreed): its logits are not those of the rows in order."""
+    scheduler = make_scheduler(chunk_size=4, background_tokens=4)
+    scheduler.add(make_sequence("cached", [1, 2, 3, 4, 5], new=1))
+    run_to_end(scheduler)
+    scheduler.add(make_sequence("batch", [9] * 12, new=1, is_background=True))
+    run_step(scheduler)
+    scheduler.add(make_sequence("a", [1, 2, 3, 4, 5], new=1))
+    step = scheduler.schedule()
+    batch = scheduler.batch(step)
+    assert batch.query_lens == [1, 1] and batch.logit_rows == [1]
 
 
 @pytest.mark.parametrize("short", [{"max_num_seqs": 2}, {"num_pages": 6}])

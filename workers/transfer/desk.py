@@ -17,6 +17,7 @@ import logging
 import secrets
 import socket
 import threading
+import time
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 MAX_PEERS = 128           # target ranks connected at once
 CLOSE_S = 2.0
+RETRY_S = 0.1
 
 
 class Desk:
@@ -43,6 +45,7 @@ class Desk:
         self._pool = pool
         self._silence_s = silence_s
         self._token = secrets.token_hex(16)
+        self._is_closed = False
         self._peers: dict[Control, threading.Thread] = {}
         try:
             self._listener = socket.create_server((host, 0), backlog=MAX_PEERS)
@@ -55,6 +58,7 @@ class Desk:
 
     def close(self) -> None:
         """Ends what is under way too. A process must not exit with such threads in the middle of a communicator's calls."""
+        self._is_closed = True
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -68,8 +72,12 @@ class Desk:
         while True:
             try:
                 sock, (host, *_) = self._listener.accept()
-            except OSError:
-                return  # closed
+            except OSError as error:
+                if self._is_closed:
+                    return
+                log.warning("KV desk: %s", error)  # one that came and went, or too many open files: the next may find it better
+                time.sleep(RETRY_S)
+                continue
             if len(self._peers) >= MAX_PEERS:
                 log.warning("KV desk: %s turned away, %d targets are connected", host, MAX_PEERS)
                 sock.close()

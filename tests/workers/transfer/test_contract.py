@@ -1,12 +1,15 @@
 """What every way of transfer keeps to: values, layouts, and what happens when the other side dies, hangs or writes anew."""
 
 import contextlib
+import errno
 import itertools
 import random
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from tests.workers.transfer.pools import KINDS, PAGE_SIZE, cells, make_pool, num
 from tests.workers.transfer.transports import SILENCE_S, Source, fetch, open_link
 from workers.kv_cache import HeadRun, KVCache
 from workers.transfer.collective import CollectiveLink
+from workers.transfer.desk import Desk
 from workers.transfer.mapped import MappedLink
 from workers.transfer.moves import Move
 
@@ -239,6 +243,23 @@ def test_a_stranger_without_the_token_gets_nothing(sources: Sources) -> None:
     host, port, _ = sources.get("mla", "cpu").ranks[0].desk.rsplit(":", 2)
     with pytest.raises(Unavailable, match="wrong token"):
         CollectiveLink(make_pool("mla", 1), f"{host}:{port}:guess")
+
+
+def test_a_desk_without_a_descriptor_to_spare_answers_when_it_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    accept, calls = socket.socket.accept, itertools.count()
+
+    def failing_once(listener: socket.socket) -> tuple[socket.socket, Any]:
+        if next(calls) == 0:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(listener)
+
+    pool = make_pool("mla", 1)
+    with contextlib.closing(Desk(pool, "127.0.0.1")) as desk:
+        monkeypatch.setattr(socket.socket, "accept", failing_once)
+        address = desk.address.rpartition(":")[0]
+        for _ in range(2):  # the first comes while the desk waits for it, the second behind the failure
+            with pytest.raises(Unavailable, match="wrong token"):
+                CollectiveLink(pool, f"{address}:guess", silence_s=5.0)
 
 
 def test_closed_links_leave_no_descriptors(sources: Sources) -> None:
