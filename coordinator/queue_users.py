@@ -5,8 +5,8 @@
     client      programs that speak NATS themselves (docs/wire.md): submit, cancel, ask, read answers; no Redis
     operator    the commands of an operator: all of it, streams and records included
 
-A worker cannot empty a stream (but for HANDOFF, of handles that are void), a master cannot write tokens into an answer, and neither reads what the other was told (inboxes carry the
-user's name). Who owns which job is guarded by the protocol, not by these walls.
+A worker cannot empty a stream (but for HANDOFF, of handles that are void), a master cannot write tokens into an answer, and neither reads
+what the other was told (inboxes carry the user's name). Who owns which job is guarded by the protocol, not by these walls.
 """
 
 import secrets
