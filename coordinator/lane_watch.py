@@ -1,4 +1,4 @@
-"""Lanes whose jobs nobody comes for: of a worker that is gone or stuck, or `local` without decode workers. Others are called to take them.
+"""Lanes whose jobs nobody comes for: of a worker that is gone, leaving or stuck, or `local` without decode workers. Others are called.
 Handles in the lane of a host without decode workers are void, or will be in a moment: they are dropped.
 
 A part of the watcher: the leader looks. What it does may be done twice.
@@ -30,7 +30,7 @@ class LaneWatch:
         """Returns how many calls were made."""
         living: defaultdict[str, set[str]] = defaultdict(set)
         for view in views:
-            if view.is_alive:
+            if view.is_serving:
                 living[str(view.info.get("model", ""))] |= {*view.info.get("lanes", ()), *view.info.get("handoff_lanes", ())}
         for model, lane in await self._bus.host_lanes():
             if lane not in living[model]:     # their givers take them back, and offer them to all

@@ -127,6 +127,11 @@ class WorkerView:
     info: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def is_serving(self) -> bool:
+        """Alive, and not about to leave or to take another role: it pulls."""
+        return self.is_alive and self.info.get("state", "serving") == "serving"
+
+    @property
     def role(self) -> str:
         return str(self.info.get("role", ""))
 

@@ -30,3 +30,10 @@ async def test_a_lane_whose_name_nobody_can_serve_keeps_no_other_from_being_look
     async with asyncio.timeout(10):
         while called != ["w-ghost"]:
             await asyncio.sleep(0.01)
+
+
+async def test_others_are_called_at_once_to_the_lane_of_a_worker_that_takes_nothing_new(bus: Bus, model: str) -> None:
+    await bus.ensure_lane(model, subjects.worker_lane("a"))
+    await bus.store(f"jobs.{model}.normal.w-a", b"x", {})
+    assert await LaneWatch(bus).look([worker("a", model)]) == 0
+    assert await LaneWatch(bus).look([worker("a", model, state="draining")]) == 1
