@@ -170,7 +170,7 @@ class Giver:
         if epoch is None:
             self._release(active)
             return False
-        active.epoch = epoch
+        active.epoch = max(active.epoch, epoch)  # two calls may be under way: a cancellation beside the end of a handle's time
         return True
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
