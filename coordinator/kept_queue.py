@@ -33,7 +33,7 @@ class KeptQueue:
         self._state_dir = state_dir.absolute()
         self._args = ["--state_dir", str(self._state_dir), "--host", host, *(part for name, value in flags.items()
                                                                              for part in (f"--{name}", str(value)))]
-        self._host, self._token = host, token
+        self._host, self._token, self._flags = host, token, flags
         self._process: subprocess.Popen[bytes] | None = None
         self.was_adopted = False
         self.record = QueueRecord()
@@ -87,13 +87,19 @@ class KeptQueue:
             time.sleep(POLL_S)
 
     def _check_same(self, record: QueueRecord) -> None:
-        """An adopted queue keeps its address and its users: what was asked for must be what runs."""
+        """An adopted queue keeps its address, its users and its TLS: what was asked for must be what runs."""
         hint = f"stop it first: tokenmill queue stop --state_dir {self._state_dir}"
         if record.host != self._host:
             raise ConfigError(f"the queue that runs in {self._state_dir} listens on {record.host}, not on {self._host}: {hint}")
         if bool(record.passwords) != bool(self._token):
             with_or_not = "with" if record.passwords else "without"
             raise ConfigError(f"the queue that runs in {self._state_dir} was started {with_or_not} a cluster token: {hint}")
+        if (record.nats_scheme == "tls") != bool(self._flags.get("tls_cert")):
+            with_or_not = "with" if record.nats_scheme == "tls" else "without"
+            raise ConfigError(f"the queue that runs in {self._state_dir} was started {with_or_not} --tls_cert: {hint}")
+        for name, port in (("nats_port", record.nats_port), ("redis_port", record.redis_port)):
+            if self._flags.get(name) not in (None, 0, port):
+                raise ConfigError(f"the queue that runs in {self._state_dir} has --{name} {port}, not {self._flags[name]}: {hint}")
 
 
 def runs(pid: int, state_dir: Path) -> bool:
