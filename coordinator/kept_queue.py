@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 START_S = 90.0       # a large store takes a while to load
 STOP_S = 20.0
 POLL_S = 0.05
+RETRY_S = 1.0        # after a keeper that could not be started again
 
 
 class KeptQueue:
@@ -35,6 +36,7 @@ class KeptQueue:
                                                                              for part in (f"--{name}", str(value)))]
         self._host, self._token, self._flags = host, token, flags
         self._process: subprocess.Popen[bytes] | None = None
+        self._not_before = 0.0     # monotonic
         self.was_adopted = False
         self.record = QueueRecord()
 
@@ -47,12 +49,16 @@ class KeptQueue:
         self._spawn()
 
     def restart_if_dead(self) -> bool:
-        """True if it had to be started again."""
-        if self._is_running():
+        """True if it had to be started again. A start that fails is tried again at a later call."""
+        if self._is_running() or time.monotonic() < self._not_before:
             return False
         log.error("the keeper of the queue (process %d) is gone: started again", self.record.pid)
-        self._process = None
-        self._spawn()
+        try:
+            self._spawn()
+        except ConfigError as error:
+            log.error("%s", error)
+            self._not_before = time.monotonic() + RETRY_S
+            return False
         return True
 
     def stop(self) -> None:

@@ -49,6 +49,25 @@ async def test_a_killed_keeper_is_started_again_on_the_same_ports_with_what_was_
     assert not kept_queue.runs(queue.record.pid, state_dir)
 
 
+async def test_a_keeper_that_cannot_be_started_again_yet_is_tried_again(state_dir: Path) -> None:
+    queue = kept(state_dir)
+    await asyncio.to_thread(queue.start)
+    before = queue.record
+    servers = psutil.Process(before.pid).children(recursive=True)
+    os.kill(before.pid, signal.SIGKILL)
+    await asyncio.to_thread(psutil.wait_procs, servers, 20)
+    (state_dir / "nats").rename(state_dir / "away")
+    (state_dir / "nats").write_text("no folder: the keeper ends at its start")
+    assert not await asyncio.to_thread(queue.restart_if_dead)
+    (state_dir / "nats").unlink()
+    (state_dir / "away").rename(state_dir / "nats")
+    async with asyncio.timeout(60):
+        while not await asyncio.to_thread(queue.restart_if_dead):
+            await asyncio.sleep(0.05)
+    assert queue.record.urls("worker") == before.urls("worker")
+    await asyncio.to_thread(queue.stop)
+
+
 def test_a_queue_that_runs_is_adopted_unless_something_else_was_asked_for(state_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = kept(state_dir, token=TOKEN)
     first.start()
