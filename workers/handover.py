@@ -143,6 +143,7 @@ class Giver:
         while True:
             await asyncio.sleep(RECONCILE_S)
             now = time.monotonic()
+            self._host_lane.keep({active.key for active in self._jobs.all()})
             for active in self._jobs.all():
                 if active.phase is Phase.OFFERED and now - active.offered_at > RECONCILE_S:
                     try:

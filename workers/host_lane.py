@@ -77,6 +77,10 @@ class HostLane:
     def forget(self, active: ActiveJob) -> None:
         self._offers.pop(active.key, None)
 
+    def keep(self, keys: set[str]) -> None:
+        """These jobs are here still; the others ended otherwise, cancelled or lost."""
+        self._offers = {key: offer for key, offer in self._offers.items() if key in keys}
+
     async def _refresh_forever(self) -> None:
         while True:
             try:
