@@ -311,8 +311,8 @@ def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None], 
 
 
 def open_desk(settings: EngineSettings, pool: KVCache) -> Desk | None:
-    """Where other hosts ask for pages of this rank: a prefill worker's, unless it is told to be mapped only."""
-    return Desk(pool, settings.kv_host) if settings.role == "prefill" and settings.kv_transfer != MAPPED else None
+    """Where other hosts ask for pages of this rank, unless it is told to be mapped only. Whatever its role: any may be told to prefill."""
+    return Desk(pool, settings.kv_host) if settings.kv_transfer != MAPPED else None
 
 
 def ways_to_pool(settings: EngineSettings, pool: KVCache, desk: Desk | None, *, is_on_leaders_host: bool = True) -> KVRank:
