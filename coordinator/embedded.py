@@ -12,9 +12,11 @@ import asyncio
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,10 +29,13 @@ from coordinator.errors import ConfigError
 from coordinator.server_process import GuardedProcess
 from coordinator.subjects import MAX_PAYLOAD_BYTES
 
+log = logging.getLogger(__name__)
+
 HOST = "127.0.0.1"
 GRACE_S = 5.0             # a server that was asked to stop is killed after this
 START_TIMEOUT_S = 60.0    # a large store takes a while to load
 FREE_PORT_TRIES = 5
+RESTART_S = 1.0           # between two tries to bring a server back
 
 ExitCallback = Callable[[str, int], None]
 
@@ -86,6 +91,19 @@ class _Server:
         self.stop()   # lets go of a run that ended by itself
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._launch()
+        callback = self._on_exit
+        if self._process is not None and callback is not None:
+            self._process.watch(lambda code: callback(self.name, code))
+
+    def bring_back(self, stopping: threading.Event) -> None:
+        """Start again after it ended by itself; tried until it runs, or until `stopping`. For `on_exit`, whose thread may block."""
+        while not stopping.is_set():
+            try:
+                self.start()
+                return
+            except ConfigError as error:
+                log.error("%s", error)
+                stopping.wait(RESTART_S)
 
     def stop(self) -> None:
         """A clean stop; everything stored stays for the next start."""
@@ -104,9 +122,7 @@ class _Server:
         raise NotImplementedError
 
     def _run(self, command: list[str]) -> GuardedProcess:
-        callback = self._on_exit
-        report = None if callback is None else lambda code: callback(self.name, code)
-        self._process = GuardedProcess(command, self.folder / "server.log", self._lock_fd, GRACE_S, report)
+        self._process = GuardedProcess(command, self.folder / "server.log", self._lock_fd, GRACE_S)
         return self._process
 
     def _wait_until(self, is_ready: Callable[[], bool]) -> None:
@@ -253,6 +269,10 @@ class EmbeddedServices:
             if self._lock_fd is not None:
                 os.close(self._lock_fd)
                 self._lock_fd = None
+
+    def server(self, name: str) -> _Server:
+        """By the name that `on_exit` is told."""
+        return self.nats if name == self.nats.name else self.redis
 
     def restart_nats(self) -> None:
         """Kill and start again: the same port, the same store."""

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 START_S = 90.0       # a large store takes a while to load
 STOP_S = 20.0
 POLL_S = 0.05
+RETRY_S = 1.0        # after a keeper that could not be started again
 
 
 class KeptQueue:
@@ -33,8 +34,9 @@ class KeptQueue:
         self._state_dir = state_dir.absolute()
         self._args = ["--state_dir", str(self._state_dir), "--host", host, *(part for name, value in flags.items()
                                                                              for part in (f"--{name}", str(value)))]
-        self._host, self._token = host, token
+        self._host, self._token, self._flags = host, token, flags
         self._process: subprocess.Popen[bytes] | None = None
+        self._not_before = 0.0     # monotonic
         self.was_adopted = False
         self.record = QueueRecord()
 
@@ -47,12 +49,16 @@ class KeptQueue:
         self._spawn()
 
     def restart_if_dead(self) -> bool:
-        """True if it had to be started again."""
-        if self._is_running():
+        """True if it had to be started again. A start that fails is tried again at a later call."""
+        if self._is_running() or time.monotonic() < self._not_before:
             return False
         log.error("the keeper of the queue (process %d) is gone: started again", self.record.pid)
-        self._process = None
-        self._spawn()
+        try:
+            self._spawn()
+        except ConfigError as error:
+            log.error("%s", error)
+            self._not_before = time.monotonic() + RETRY_S
+            return False
         return True
 
     def stop(self) -> None:
@@ -87,13 +93,19 @@ class KeptQueue:
             time.sleep(POLL_S)
 
     def _check_same(self, record: QueueRecord) -> None:
-        """An adopted queue keeps its address and its users: what was asked for must be what runs."""
+        """An adopted queue keeps its address, its users and its TLS: what was asked for must be what runs."""
         hint = f"stop it first: tokenmill queue stop --state_dir {self._state_dir}"
         if record.host != self._host:
             raise ConfigError(f"the queue that runs in {self._state_dir} listens on {record.host}, not on {self._host}: {hint}")
         if bool(record.passwords) != bool(self._token):
             with_or_not = "with" if record.passwords else "without"
             raise ConfigError(f"the queue that runs in {self._state_dir} was started {with_or_not} a cluster token: {hint}")
+        if (record.nats_scheme == "tls") != bool(self._flags.get("tls_cert")):
+            with_or_not = "with" if record.nats_scheme == "tls" else "without"
+            raise ConfigError(f"the queue that runs in {self._state_dir} was started {with_or_not} --tls_cert: {hint}")
+        for name, port in (("nats_port", record.nats_port), ("redis_port", record.redis_port)):
+            if self._flags.get(name) not in (None, 0, port):
+                raise ConfigError(f"the queue that runs in {self._state_dir} has --{name} {port}, not {self._flags[name]}: {hint}")
 
 
 def runs(pid: int, state_dir: Path) -> bool:

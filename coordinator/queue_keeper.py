@@ -20,8 +20,6 @@ from coordinator.queue_record import FILE, QueueRecord, passwords_for, read_reco
 
 log = logging.getLogger(__name__)
 
-RESTART_S = 1.0
-
 
 class Keeper:
     """Starts both servers, writes the record, brings back what dies, until `stopping` is set."""
@@ -47,14 +45,7 @@ class Keeper:
     def _restart(self, name: str, status: int) -> None:
         """Called from a thread of the server that ended; tries until it runs again."""
         log.warning("%s ended with status %d: started again", name, status)
-        server = self._services.nats if name == self._services.nats.name else self._services.redis
-        while not self.stopping.is_set():
-            try:
-                server.start()
-                return
-            except TokenmillError as error:
-                log.error("%s", error)
-                self.stopping.wait(RESTART_S)
+        self._services.server(name).bring_back(self.stopping)
 
 
 def main(argv: list[str] | None = None) -> int:

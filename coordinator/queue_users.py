@@ -5,12 +5,14 @@
     client      programs that speak NATS themselves (docs/wire.md): submit, cancel, ask, read answers; no Redis
     operator    the commands of an operator: all of it, streams and records included
 
-A worker cannot empty a stream, a master cannot write tokens into an answer, and neither reads what the other was told (inboxes carry the
-user's name). Who owns which job is guarded by the protocol, not by these walls.
+A worker cannot empty a stream (but for HANDOFF, of handles that are void), a master cannot write tokens into an answer, and neither reads
+what the other was told (inboxes carry the user's name). Who owns which job is guarded by the protocol, not by these walls.
 """
 
 import secrets
 from typing import Any
+
+from coordinator import subjects
 
 ROLES = ("master", "worker", "client", "operator")
 ROLE_OF_MODE = {"normal": "operator", "pd_master": "master", "config_server": "master", "prefill": "worker", "decode": "worker"}
@@ -24,7 +26,10 @@ _PUBLISH = {
 }
 _SUBSCRIBE = {"master": ["live.>", "results.>", "ask.>", "control.>"], "worker": ["cancel.>", "kv.>", "control.>", "relief.>"],
               "client": ["live.>", "results.*"]}
-_DENIED = ["$JS.API.STREAM.DELETE.>", "$JS.API.STREAM.PURGE.>", "$JS.API.STREAM.RESTORE.>", "$JS.API.STREAM.MSG.DELETE.>"]
+# A void handle may be deleted by whoever made it, and by the watcher: a job does not hang on its handle.
+_KEPT_STREAMS = (subjects.JOBS, subjects.OUT, subjects.RESULTS, subjects.DLQ, subjects.ROSTER)
+_DENIED = ["$JS.API.STREAM.DELETE.>", "$JS.API.STREAM.RESTORE.>",
+           *(f"$JS.API.STREAM.{action}.{stream}" for action in ("PURGE", "MSG.DELETE") for stream in _KEPT_STREAMS)]
 
 
 def new_passwords() -> dict[str, str]:

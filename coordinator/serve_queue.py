@@ -9,6 +9,7 @@
 import argparse
 import contextlib
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +98,10 @@ def _kept(flags: argparse.Namespace, host: str, state_dir: Path, role: str, stac
 def _embedded(flags: argparse.Namespace, state_dir: Path, stack: contextlib.ExitStack) -> FarmQueue:
     def restart(name: str, status: int) -> None:
         print(f"{name} ended with status {status}: started again", file=sys.stderr, flush=True)
-        (services.nats if name == services.nats.name else services.redis).start()
+        services.server(name).bring_back(stopping)
 
+    stopping = threading.Event()
     services = EmbeddedServices(state_dir, flags.nats_port, flags.redis_port, on_exit=restart)
     stack.enter_context(services)
+    stack.callback(stopping.set)
     return FarmQueue(urls=QueueUrls(nats_url=services.nats_url, redis_url=services.redis_url))

@@ -37,16 +37,14 @@ class GuardedProcess:
     command    what to run; its output is appended to `log_path`
     keep_fd    a file descriptor that the server keeps open for life (the lock on its store)
     grace_s    after a polite stop request the server has this long before it is killed
-    on_exit    called from a thread of its own with the exit code when the server ends without being asked to
 
     Raises ConfigError if the command cannot be run.
     """
 
-    def __init__(self, command: list[str], log_path: Path, keep_fd: int, grace_s: float,
-                 on_exit: Callable[[int], None] | None = None) -> None:
+    def __init__(self, command: list[str], log_path: Path, keep_fd: int, grace_s: float) -> None:
         if log_path.exists() and log_path.stat().st_size > MAX_LOG_BYTES:
             log_path.unlink()
-        self.log_path, self._grace_s, self._asked, self._on_exit = log_path, grace_s, False, on_exit
+        self.log_path, self._grace_s, self._asked = log_path, grace_s, False
         with log_path.open("ab") as log:
             self._log_start = log.tell()
             # A session of its own: Ctrl-C reaches the farm, which then stops its servers last.
@@ -56,8 +54,13 @@ class GuardedProcess:
         assert self._guard.stdin is not None
         _pipe_fds.add(self._guard.stdin.fileno())
         self.pid = self._read_pid(command[0])
-        if on_exit is not None:
-            threading.Thread(target=self._report_exit, name=f"watch {command[0]}", daemon=True).start()
+
+    def watch(self, on_exit: Callable[[int], None]) -> None:
+        """Have `on_exit` called, from a thread of its own, with the exit code when the server ends without being asked to.
+
+        For a server that is up: one that ends earlier is the concern of whoever starts it.
+        """
+        threading.Thread(target=self._report_exit, args=[on_exit], name=f"watch {self.pid}", daemon=True).start()
 
     def poll(self) -> int | None:
         """The exit code (128 + n for signal n), or None while the server runs."""
@@ -104,10 +107,10 @@ class GuardedProcess:
             _pipe_fds.discard(self._guard.stdin.fileno())
             self._guard.stdin.close()
 
-    def _report_exit(self) -> None:
+    def _report_exit(self, on_exit: Callable[[int], None]) -> None:
         code = self._guard.wait()
-        if not self._asked and self._on_exit is not None:
-            self._on_exit(_shell_code(code))
+        if not self._asked:
+            on_exit(_shell_code(code))
 
 
 def _shell_code(code: int) -> int:

@@ -127,6 +127,11 @@ class WorkerView:
     info: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def is_serving(self) -> bool:
+        """Alive, and not about to leave or to take another role: it pulls."""
+        return self.is_alive and self.info.get("state", "serving") == "serving"
+
+    @property
     def role(self) -> str:
         return str(self.info.get("role", ""))
 
@@ -234,7 +239,10 @@ class Store:
         return _text(reply[0]) == "taken", len(reply) > 1 and _text(reply[1]) == "1"
 
     async def take_back(self, owner: str, job_id: str, epoch: int) -> int | None:
-        """A new epoch for the owner itself: its handle that is out becomes void. None: the job is not ours any more."""
+        """A new epoch for the owner itself: its handle that is out becomes void. None: the job is not ours any more.
+
+        May be repeated after a lost reply: a later epoch of ours is the earlier call's.
+        """
         return int(await self._call("take_back", [self._job(job_id)], owner, epoch)) or None
 
     async def finish(self, owner: str, job_id: str) -> None:

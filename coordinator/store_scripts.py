@@ -165,10 +165,11 @@ redis.call('SADD', KEYS[5], ARGV[5])
 return {'taken', f[5] or ''}
 """
 
-# KEYS: .. job. ARGV: lease_ms owner epoch. A new epoch for the same owner: handles that are out are void from here on.
+# KEYS: .. job. ARGV: lease_ms owner epoch. A new epoch for the same owner: handles that are out are void from here on. A later epoch of
+# the same owner was given by an earlier call, whose reply was lost or is still on its way.
 _TAKE_BACK = """
 local f = redis.call('HMGET', KEYS[3], 'owner', 'epoch', 'state', 'era', 'is_swept')
-if f[1] ~= ARGV[2] or f[2] ~= ARGV[3] or f[3] ~= 'owned' or f[4] ~= era or f[5] ~= '1' then return '0' end
+if f[1] ~= ARGV[2] or tonumber(f[2]) < tonumber(ARGV[3]) or f[3] ~= 'owned' or f[4] ~= era or f[5] ~= '1' then return '0' end
 local epoch = int(tonumber(f[2]) + 1)
 redis.call('HSET', KEYS[3], 'epoch', epoch)
 return epoch

@@ -9,7 +9,7 @@ import logging
 import time
 
 from coordinator.bus import Bus
-from coordinator.errors import Unavailable
+from coordinator.errors import TokenmillError
 from coordinator.lane_watch import LaneWatch
 from coordinator.prefix_index import PrefixIndex
 from coordinator.store import Store, WorkerView, owner_name
@@ -50,7 +50,7 @@ class Watcher:
                     await self.look()
                     await self._look_at_lanes()
                     await self._sweep()
-            except Unavailable as error:
+            except TokenmillError as error:
                 log.warning("watcher: %s", error)
             await asyncio.sleep(PERIOD_S)
 

@@ -91,7 +91,7 @@ class Router:
 
     async def _refresh(self) -> None:
         try:
-            views = [view for view in await self._store.workers(self._model) if view.is_alive]
+            views = [view for view in await self._store.workers(self._model) if view.is_serving]
         except Unavailable as error:
             log.info("routing by what was known: %s", error)
             return

@@ -143,6 +143,7 @@ class Giver:
         while True:
             await asyncio.sleep(RECONCILE_S)
             now = time.monotonic()
+            self._host_lane.keep({active.key for active in self._jobs.all()})
             for active in self._jobs.all():
                 if active.phase is Phase.OFFERED and now - active.offered_at > RECONCILE_S:
                     try:
@@ -170,7 +171,7 @@ class Giver:
         if epoch is None:
             self._release(active)
             return False
-        active.epoch = epoch
+        active.epoch = max(active.epoch, epoch)  # two calls may be under way: a cancellation beside the end of a handle's time
         return True
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:

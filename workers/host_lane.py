@@ -25,7 +25,7 @@ REFRESH_S = 5.0
 def offer_lane(views: Iterable[WorkerView], host: str) -> str:
     """The lane for a handle made on `host`, by the farm's workers. Pure."""
     lane = subjects.host_lane(host)
-    decoders = [view for view in views if view.is_alive and view.role == "decode"]
+    decoders = [view for view in views if view.is_serving and view.role == "decode"]
     are_here = [lane in view.info.get("handoff_lanes", ()) for view in decoders]
     return lane if any(are_here) and not all(are_here) else subjects.ANY_LANE
 
@@ -76,6 +76,10 @@ class HostLane:
 
     def forget(self, active: ActiveJob) -> None:
         self._offers.pop(active.key, None)
+
+    def keep(self, keys: set[str]) -> None:
+        """These jobs are here still; the others ended otherwise, cancelled or lost."""
+        self._offers = {key: offer for key, offer in self._offers.items() if key in keys}
 
     async def _refresh_forever(self) -> None:
         while True:

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -70,6 +71,11 @@ class Incarnation:
     async def start(self) -> None:
         """Register, then pull. Raises Unavailable when NATS or Redis does not answer."""
         settings, ready = self._settings, self._ready
+        # What may fail comes before the lease, which is renewed from its start on.
+        for lane in self._lanes:
+            await self._bus.ensure_lane(self._model, lane)
+        for lane in self._handoff_lanes:
+            await self._bus.ensure_handoff_lane(self._model, lane)
         incarnation, floor_era = await self._store.register(settings.worker_id, self._info())
         if floor_era:
             await self._store.set_floor(floor_era, await self._bus.last_job_seq())
@@ -82,10 +88,6 @@ class Incarnation:
         self._lease.start()
         self._cancels = await self._bus.subscribe("cancel.*", self._on_cancel)
         own_lanes = [lane for lane in self._lanes if lane != subjects.LOCAL_LANE]
-        for lane in self._lanes:
-            await self._bus.ensure_lane(self._model, lane)
-        for lane in self._handoff_lanes:
-            await self._bus.ensure_handoff_lane(self._model, lane)
         self._relief: Relief | None = None
         self._teller: PrefixTeller | None = None
         if settings.prefix_affinity:
@@ -246,10 +248,10 @@ class Incarnation:
             await pulling.close()
         await self._lease.renew_now()
 
-    async def drain(self, timeout_s: float) -> None:
-        """Take nothing new and let what is here end by itself, for a while."""
+    async def drain(self, timeout_s: float, has_failed: Callable[[], bool] = lambda: False) -> None:
+        """Take nothing new and let what is here end by itself, for a while; with an engine that `has_failed` nothing does."""
         give_up_at = time.monotonic() + timeout_s
-        while len(self.jobs) and time.monotonic() < give_up_at and not self.over.is_set():
+        while len(self.jobs) and time.monotonic() < give_up_at and not self.over.is_set() and not has_failed():
             await asyncio.sleep(0.02)
 
     async def leave(self, blame: Blame = "") -> None:

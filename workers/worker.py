@@ -171,8 +171,7 @@ class Worker:
         for task in endings:
             task.cancel()
         await life.stop_pulling()
-        if not self._failure and not life.over.is_set():
-            await life.drain(self._settings.drain_timeout_s)
+        await life.drain(self._settings.drain_timeout_s, lambda: bool(self._failure))
         await life.leave(self._blame)
 
     async def _pump(self, engine: Engine, events: AsyncIterator[Event]) -> None:

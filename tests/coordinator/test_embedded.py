@@ -8,6 +8,8 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -112,6 +114,30 @@ def test_a_server_that_dies_by_itself_is_reported_and_comes_back_on_its_port(tmp
         services.restart_nats()
         services.restart_redis()
     assert deaths.empty()   # what was asked for is no death
+
+
+def test_a_server_that_cannot_come_back_yet_is_tried_by_one_thread_until_it_can(tmp_path: Path) -> None:
+    stopping = threading.Event()
+    deaths: list[str] = []
+
+    def bring_back(name: str, code: int) -> None:
+        deaths.append(name)
+        services.server(name).bring_back(stopping)
+
+    with EmbeddedServices(tmp_path, on_exit=bring_back) as services:
+        data, log_file, give_up_at = tmp_path / "valkey" / "appendonlydir", tmp_path / "valkey" / "server.log", time.monotonic() + 60
+        data.rename(tmp_path / "away")
+        data.write_text("no folder: Valkey ends at its start")
+        os.kill(services.redis.pid, signal.SIGKILL)
+        while log_file.read_text().count("Server initialized") < 4 and time.monotonic() < give_up_at:
+            time.sleep(0.05)
+        assert deaths == ["valkey-server"]      # a start that failed is no further death
+        data.unlink()
+        (tmp_path / "away").rename(data)
+        while services.poll() and time.monotonic() < give_up_at:
+            time.sleep(0.05)
+        assert services.poll() == {}
+        stopping.set()
 
 
 def test_no_server_outlives_a_farm_that_was_killed(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ def state_dir(tmp_path: Path) -> Iterator[Path]:
         kept_queue.stop(record.pid, tmp_path / "state")
 
 
-def kept(state_dir: Path, host: str = "127.0.0.1", token: str = "") -> KeptQueue:
-    return KeptQueue(state_dir, host, token, {"nats_port": 0, "redis_port": 0})
+def kept(state_dir: Path, host: str = "127.0.0.1", token: str = "", **flags: str | int) -> KeptQueue:
+    return KeptQueue(state_dir, host, token, {"nats_port": 0, "redis_port": 0, **flags})
 
 
 async def test_a_killed_keeper_is_started_again_on_the_same_ports_with_what_was_queued(state_dir: Path) -> None:
@@ -49,6 +49,25 @@ async def test_a_killed_keeper_is_started_again_on_the_same_ports_with_what_was_
     assert not kept_queue.runs(queue.record.pid, state_dir)
 
 
+async def test_a_keeper_that_cannot_be_started_again_yet_is_tried_again(state_dir: Path) -> None:
+    queue = kept(state_dir)
+    await asyncio.to_thread(queue.start)
+    before = queue.record
+    servers = psutil.Process(before.pid).children(recursive=True)
+    os.kill(before.pid, signal.SIGKILL)
+    await asyncio.to_thread(psutil.wait_procs, servers, 20)
+    (state_dir / "nats").rename(state_dir / "away")
+    (state_dir / "nats").write_text("no folder: the keeper ends at its start")
+    assert not await asyncio.to_thread(queue.restart_if_dead)
+    (state_dir / "nats").unlink()
+    (state_dir / "away").rename(state_dir / "nats")
+    async with asyncio.timeout(60):
+        while not await asyncio.to_thread(queue.restart_if_dead):
+            await asyncio.sleep(0.05)
+    assert queue.record.urls("worker") == before.urls("worker")
+    await asyncio.to_thread(queue.stop)
+
+
 def test_a_queue_that_runs_is_adopted_unless_something_else_was_asked_for(state_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = kept(state_dir, token=TOKEN)
     first.start()
@@ -59,6 +78,11 @@ def test_a_queue_that_runs_is_adopted_unless_something_else_was_asked_for(state_
         kept(state_dir).start()
     with pytest.raises(ConfigError, match=r"listens on 127.0.0.1, not on 0.0.0.0"):
         kept(state_dir, host="0.0.0.0", token=TOKEN).start()
+    with pytest.raises(ConfigError, match=f"--nats_port {first.record.nats_port}, not 1: stop it first"):
+        kept(state_dir, token=TOKEN, nats_port=1).start()
+    with pytest.raises(ConfigError, match="was started without --tls_cert"):
+        kept(state_dir, token=TOKEN, tls_cert="cert.pem", tls_key="key.pem").start()
+    kept(state_dir, token=TOKEN, redis_port=first.record.redis_port).start()
     assert queue_cli.main(["show", "--state_dir", str(state_dir)]) == 0
     said = capsys.readouterr().out
     assert "running" in said and first.record.passwords["worker"] not in said

@@ -41,10 +41,24 @@ async def test_a_worker_extends_chains_and_a_master_does_not_and_neither_empties
         assert not await may_publish(master, "out.o.w.2") and not await may_publish(master, "results.j2")
         assert await may_publish(master, "jobs.m.normal.any")
         for bus in (worker, master):
-            with pytest.raises(Unavailable, match="no answer"):
-                await bus.api("STREAM.PURGE.JOBS", timeout_s=0.5)
+            for api, body in (("STREAM.PURGE.JOBS", {}), ("STREAM.PURGE.OUT", {}), ("STREAM.MSG.DELETE.OUT", {"seq": 1})):
+                with pytest.raises(Unavailable, match="no answer"):
+                    await bus.api(api, body, timeout_s=0.5)
     async with await Bus.connect(record.urls("operator").nats_url, "o") as operator:
         assert (await operator.api("STREAM.PURGE.JOBS"))["success"]
+
+
+async def test_whoever_made_a_handle_and_whoever_watches_may_delete_it_when_it_is_void(record: QueueRecord) -> None:
+    worker_url, master_url = record.urls("worker").nats_url, record.urls("master").nats_url
+    async with await Bus.connect(worker_url, "w") as worker, await Bus.connect(master_url, "m") as master:
+        await worker.provision("m")
+        for bus in (worker, master):
+            seq = await worker.publish_handoff("m", b"handle", lane="h-a")
+            await worker.publish_handoff("m", b"handle", lane="h-a")
+            async with asyncio.timeout(5):
+                await bus.delete_handoff(seq)
+                await bus.purge_handoff_lane("m", "h-a")
+            assert await bus.host_lanes() == []
 
 
 async def test_nobody_hears_what_another_role_is_told(record: QueueRecord) -> None:

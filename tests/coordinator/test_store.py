@@ -124,6 +124,17 @@ async def test_taking_back_voids_the_handle_that_is_out(store: Store) -> None:
     assert await store.take_back(p, "j", back) is None
 
 
+async def test_taking_back_again_after_a_lost_reply_keeps_the_job_and_voids_what_was_offered_meanwhile(store: Store) -> None:
+    p, d = await register(store, "p"), await register(store, "d")
+    epoch = (await claim(store, p)).epoch
+    unheard = await store.take_back(p, "j", epoch)
+    again = await store.take_back(p, "j", epoch)
+    assert unheard is not None and again is not None and again > unheard
+    assert await store.take("j", unheard, giver=p, taker=d) == (False, False)
+    assert await store.give_up(p, "j", again)
+    assert await store.take_back(p, "j", again) is None
+
+
 async def test_a_job_given_up_is_claimed_without_fencing_the_giver(store: Store) -> None:
     a, b = await register(store, "a"), await register(store, "b")
     epoch = (await claim(store, a)).epoch

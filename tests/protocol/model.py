@@ -596,12 +596,14 @@ def offered(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
     if unpinned != slot:
         yield Step(f"{w} unpins {j} by its own clock", t, "choice")
     record = known(s, j)
-    if not owns(s, w, j, local.epoch):
+    if not record or not owns(s, w, j, max(local.epoch, record.epoch)):
         yield Step(f"{w} sees that {j} is not its own", with_local(t, w, j, IDLE))
-    elif record and record.is_swept:
-        epoch = local.epoch if "take_back_same_epoch" in m.broken else local.epoch + 1
+    elif record.is_swept:    # under an epoch of ours that is later than we know, the reply to an earlier call was lost
+        epoch = local.epoch if "take_back_same_epoch" in m.broken else record.epoch + 1
         t = with_job(with_record(t, j, record._replace(epoch=epoch)), j, top=max(epoch, s.jobs[j].top))
         yield Step(f"{w} takes {j} back", with_local(t, w, j, local._replace(pc="work", epoch=epoch, generation=0)), "late")
+        if s.left.lost_reply:
+            yield Step(f"{w} takes {j} back, reply lost", spend(t, "lost_reply"), "fault")
 
 
 def copy(m: Setting, s: State, w: int, j: int) -> Iterator[Step]:
