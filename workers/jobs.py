@@ -243,12 +243,15 @@ class Jobs:
             self.forget(active)
         await self.emitter.flush()
         for active in held:
-            if active.job.job_id in was_offered:
-                epoch = await self._store.take_back(self.me.owner, active.job.job_id, active.epoch)
-                if epoch is None:
-                    continue
-                active.epoch = epoch
-            await self._give_up(active, "" if active.job.job_id in was_offered or active in self._suspects else blame)
+            try:
+                if active.job.job_id in was_offered:
+                    epoch = await self._store.take_back(self.me.owner, active.job.job_id, active.epoch)
+                    if epoch is None:
+                        continue
+                    active.epoch = epoch
+                await self._give_up(active, "" if active.job.job_id in was_offered or active in self._suspects else blame)
+            except Unavailable as error:  # this one comes back by itself, once nobody beats for it
+                log.warning("job %s: not handed back: %s", active.job.job_id, error)
 
     async def put_back(self, active: ActiveJob) -> None:
         """One job back into the queue, for another owner to go on with."""

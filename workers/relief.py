@@ -20,7 +20,8 @@ from coordinator.tasks import end
 log = logging.getLogger(__name__)
 
 LANE_WAIT_S = 1.0        # a job waits so long in the lane of a worker without room before others may have it
-LOOK_S = 0.25
+LOOK_S = 0.25            # at the room, which costs nothing
+ASK_S = 1.0              # at what waits in the lane, which costs the server three answers
 MOST_HOPS = 16
 MOST_TAKEN = 4           # by one call
 
@@ -37,6 +38,7 @@ class Relief:
         self._room = room
         self._take = take
         self._full_since: float | None = None
+        self._ask_at = 0.0
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -57,7 +59,8 @@ class Relief:
                 continue
             now = time.monotonic()
             self._full_since = self._full_since or now
-            if now - self._full_since >= LANE_WAIT_S:
+            if now - self._full_since >= LANE_WAIT_S and now >= self._ask_at:
+                self._ask_at = now + ASK_S
                 try:
                     if (await self._bus.lane_state(self._model, self._lane))["pending"]:
                         await self._bus.call_for_relief(self._model, self._lane)
