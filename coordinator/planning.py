@@ -100,7 +100,8 @@ async def take_snapshot(bus: Bus, store: Store, model: str) -> Snapshot:
     views = [view for view in await store.workers(model) if view.is_alive and view.info.get("state", "serving") == "serving"]
     doors = [view.info for view in await members(store) if view.is_alive and view.info.get("model") == model]
     hosts = {str(view.info["host"]) for view in views if view.role == "decode" and view.info.get("host")}
-    jobs_age, handoff_age = await asyncio.gather(queue_age.jobs_age_s(bus, model), queue_age.handoff_age_s(bus, model, hosts))
+    lanes = {str(lane) for view in views for lane in view.info.get("lanes", ())}
+    jobs_age, handoff_age = await asyncio.gather(queue_age.jobs_age_s(bus, model, lanes), queue_age.handoff_age_s(bus, model, hosts))
     return Snapshot(workers=tuple(_load(view) for view in views), queue_age_s=jobs_age, handoff_age_s=handoff_age,
                     ttft_s=max((float(info.get("ttft_p90_s", 0.0)) for info in doors), default=0.0),
                     tpot_s=max((float(info.get("tpot_p90_s", 0.0)) for info in doors), default=0.0))

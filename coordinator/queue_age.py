@@ -14,10 +14,12 @@ from coordinator.provisioning import CONSUMER_NOT_FOUND
 CLASSES = ("interactive", "normal")     # batch work waits by design
 
 
-async def jobs_age_s(bus: Bus, model: str) -> float:
-    """Of jobs that no worker has yet. Raises Unavailable."""
+async def jobs_age_s(bus: Bus, model: str, served: Iterable[str] = ()) -> float:
+    """Of jobs that no worker has yet, in the lanes of all and in those of the `served` ones in which jobs stand. Raises Unavailable."""
+    served = set(served)
+    private = [lane for at, lane in await bus.private_lanes() if at == model and lane in served] if served else []
     lanes = [(subjects.jobs_consumer(model, klass, lane), subjects.jobs(model, klass, lane))
-             for klass in CLASSES for lane in subjects.job_lanes()]
+             for klass in CLASSES for lane in (*subjects.job_lanes(), *private)]
     return max(await asyncio.gather(*(_oldest_s(bus, subjects.JOBS, consumer, subject) for consumer, subject in lanes)))
 
 

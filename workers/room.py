@@ -13,6 +13,7 @@ from workers.jobs import Jobs
 MAX_PULL = 16
 MAX_IMPORTS = 8         # a full worker would hoard what others could run
 KEPT_TOKENS = 1 / 8     # of the pool: what background jobs leave free
+MAX_OFFERED = 8         # background jobs whose pages are pinned for a taker: these give way to nobody, so more of them are not begun
 
 
 class Room:
@@ -42,6 +43,8 @@ class Room:
         """Free slots; none while more prompt tokens wait than two steps compute."""
         if not self._may_take(background) or self._jobs.num_waiting_tokens(background=background) >= 2 * self._ready.chunk_size:
             return 0
+        if background and self._num_background_in(Phase.OFFERED) >= MAX_OFFERED:
+            return 0
         return self._free_slots(background)
 
     def _slots_for_handles(self, *, background: bool) -> int:
@@ -58,4 +61,7 @@ class Room:
         free_tokens = self._stats().free_tokens
         if background:
             return free_tokens > KEPT_TOKENS * self._ready.max_total_tokens
-        return free_tokens > 0 or self._jobs.num_in(Phase.RUNNING) > self._jobs.num_in(Phase.RUNNING, background=False)
+        return free_tokens > 0 or self._num_background_in(Phase.RUNNING) > 0
+
+    def _num_background_in(self, phase: Phase) -> int:
+        return self._jobs.num_in(phase) - self._jobs.num_in(phase, background=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from coordinator import subjects
 from coordinator.bus import Bus
 from coordinator.errors import ConfigError
 from coordinator.members import Membership
@@ -50,6 +51,16 @@ async def test_a_snapshot_says_how_long_what_waits_has_waited(bus: Bus, store: S
     assert sorted(load.worker for load in seen.workers) == ["decode-0", "decode-1", "prefill-0"]
     assert 0.25 < seen.queue_age_s < 30 and 0.25 < seen.handoff_age_s < 30
     assert (seen.ttft_s, seen.tpot_s, seen.workers[0].pool_used, seen.workers[0].step_s) == (1.25, 0.03, 0.25, 0.01)
+
+
+async def test_jobs_that_wait_in_a_workers_own_lane_are_seen_to_wait(bus: Bus, store: Store, model: str) -> None:
+    lane = subjects.worker_lane("prefill-0")
+    await store.register("prefill-0", info(model, "prefill", lanes=[lane]))
+    await bus.ensure_lane(model, lane)
+    assert (await take_snapshot(bus, store, model)).queue_age_s == 0.0
+    await bus.publish_job(Job(job_id=new_job_id(), origin="o", model=model, prompt_ids=(1,)), lane=lane)
+    await asyncio.sleep(0.3)
+    assert 0.25 < (await take_snapshot(bus, store, model)).queue_age_s < 30
 
 
 @pytest.mark.parametrize("mode", ["advise", "act"])
