@@ -19,6 +19,7 @@ import uvloop
 from bench.http_stream import StreamClient, Target
 from bench.workload import id_range
 from coordinator import lifeline
+from coordinator.collector import settle
 from coordinator.errors import TokenmillError
 from coordinator.sampling import SamplingParams
 from producers.client import TokenmillClient
@@ -107,6 +108,7 @@ async def _run(flags: argparse.Namespace) -> Tally:
 
 
 async def _load(flags: argparse.Namespace, ask: Ask) -> Tally:
+    settle()
     load = Load(ask, num_prompt=flags.prompt_tokens, num_output=flags.output_tokens, vocab_size=flags.vocab_size, seed=flags.seed)
     await load.run(flags.rate, flags.seconds, flags.start_at)
     return load.tally

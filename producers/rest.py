@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from coordinator import lifeline
+from coordinator.collector import settle
 from coordinator.errors import TokenmillError
 from producers import batch_api, http_errors, jobs_api, lightllm_api, openai_api, openapi_page, service_api
 from producers.access import Access
@@ -97,6 +98,7 @@ async def serve(settings: RestSettings) -> None:
         server.should_exit = True
 
     app.state.shim = shim = await _open_shim(app, settings, on_fatal)
+    settle()
     try:
         # uvicorn has handlers of its own while it serves; after that it raises the signal again, which must not end us unclosed.
         for number in (signal.SIGINT, signal.SIGTERM):

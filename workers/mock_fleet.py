@@ -16,6 +16,7 @@ import uvloop
 
 from coordinator import lifeline
 from coordinator.bus import Bus
+from coordinator.collector import settle
 from coordinator.errors import ConfigError, TokenmillError
 from coordinator.store import Store
 from coordinator.subjects import model_token
@@ -116,6 +117,7 @@ async def run(flags: argparse.Namespace) -> None:
 async def _announce(workers: list[MockWorker], model: str) -> None:
     while not all(worker.is_registered for worker in workers):
         await asyncio.sleep(READY_LOOK_S)
+    settle()
     print(f"{len(workers)} MOCK workers ready for {model}", file=sys.stderr, flush=True)
 
 

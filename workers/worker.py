@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from coordinator import lifeline
 from coordinator.bus import Bus
+from coordinator.collector import settle
 from coordinator.errors import ConfigError, TokenmillError, Unavailable
 from coordinator.host_identity import address_towards
 from coordinator.lifeline import DRAINED_STATUS
@@ -94,6 +95,7 @@ class Worker:
             watcher = Watcher(bus, store, settings.worker_id)
             watcher.start()
             await self._orders.open(bus)
+            settle()
             while not self._stopping.is_set() and not self._orders.is_leaving:
                 await self._live(Incarnation(self._under_orders(engine), ready, self._stats, engine, tokenizer, bus, store), ready)
             await self._orders.close()
