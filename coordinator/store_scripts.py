@@ -21,7 +21,7 @@ local m = redis.call('HMGET', meta, 'run', 'era', 'grace_until', 'jobs_floor', '
 local era, grace_until, floor, silence = m[2], tonumber(m[3] or '0'), m[4], now - tonumber(m[5] or '0')
 local hold_until = tonumber(m[6] or '0')
 if m[1] ~= run then
-  era, grace_until, floor = run .. ':' .. string.format('%.0f', now), now + tonumber(ARGV[1]), false
+  era, grace_until, floor = run .. ':' .. string.format('%.0f', t[1] * 1000000 + t[2]), now + tonumber(ARGV[1]), false
   redis.call('HSET', meta, 'run', run, 'era', era, 'grace_until', string.format('%.0f', grace_until))
   redis.call('HDEL', meta, 'jobs_floor')
   redis.call('DEL', leases)
