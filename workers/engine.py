@@ -12,7 +12,6 @@ middle of a long step: nobody could hear it any more.
 """
 
 import argparse
-import gc
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from coordinator.collector import settle
 from coordinator.errors import ConfigError, InvalidField, LayoutMismatch, PagesExhausted
 from coordinator.messages import KVLayout, KVRank
 from coordinator.rendezvous import PEER_STATUS, VANISHED
@@ -302,8 +302,7 @@ def load(settings: EngineSettings, inbox: Inbox, send: Callable[[Event], None], 
                     lockstep=lockstep)
     engine.desk = open_desk(settings, cache)
     ways = ways_to_pool(settings, cache, engine.desk), *(executor.followers.ways if isinstance(executor, LeaderExecutor) else ())
-    gc.collect()
-    gc.freeze()  # the model's objects live for good: later collections need not look at them
+    settle()
     send(Ready(layout=layout, pool=PoolAddress(ranks=ways, num_pages=cache.num_pages), device=settings.device,
                max_total_tokens=cache.num_pages * sizes.page_size, max_seq_len=sizes.max_seq_len, max_num_seqs=sizes.max_num_seqs,
                chunk_size=sizes.chunk_size, vocab_size=config.vocab_size, eos_ids=tuple(config.eos_ids),

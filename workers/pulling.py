@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 
 from coordinator import subjects
 from coordinator.bus import Bus, Delivery, Puller
@@ -180,13 +180,11 @@ class Pulling:
 
 def job_consumers(model: str, own_lanes: Iterable[str] = ()) -> list[list[str]]:
     """Of all lanes that any worker serves, and of `own_lanes` before them."""
-    lanes = [*own_lanes, *subjects.job_lanes()]
-    return [[subjects.jobs_consumer(model, klass, lane) for lane in lanes] for klass in CLASSES]
+    return lane_consumers(model, [*own_lanes, *subjects.job_lanes()])
 
 
-def lane_consumers(model: str, lanes: Iterable[str]) -> list[list[str]]:
+def lane_consumers(model: str, lanes: Sequence[str]) -> list[list[str]]:
     """Of these lanes alone."""
-    lanes = list(lanes)
     return [[subjects.jobs_consumer(model, klass, lane) for lane in lanes] for klass in CLASSES]
 
 
